@@ -1,0 +1,170 @@
+"""
+Training batches: random windows of the decoded images, cut on the host, resampled on the device.
+
+A batch travels as the source pixels it needs, and as the places to look in them. Scale, crop, flip
+and colour then run for the whole batch at once on the device; image and label look at the same
+places. All that is random about an image comes from the seed and the image's place in the endless
+stream of shuffled epochs: batches are the same however many processes or workers make them.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from distill import IGNORE
+from model import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass
+class Augment:
+    """What is done to an image on its way into a batch."""
+
+    crop: tuple  # (H, W) of the batch
+    scale: tuple = (0.5, 2.0)  # of the image before the crop, uniform in the logarithm
+    flip: bool = True
+    colour: float = 1.0  # strength of the photometric change, 0 = none
+    fit: bool = False  # resize the whole image to `crop` instead, and shift it by up to 2 pixels
+    label_stride: int = 1  # labels at 1/stride of the crop, by nearest
+
+
+def sample_indices(step, batch_size, n, seed):
+    """The indices of batch `step` (from 0) in an endless row of shuffled epochs over n items."""
+    at = np.arange(step * batch_size, (step + 1) * batch_size)
+    orders = {
+        e: np.random.default_rng([seed, 1, e]).permutation(n) for e in set((at // n).tolist())
+    }
+    return [int(orders[p // n][p % n]) for p in at.tolist()]
+
+
+def colour_matrix(rng, strength):
+    """(3, 4): brightness, contrast, saturation and hue in one affine map of [0, 1] RGB."""
+    grey = np.array([[0.299, 0.587, 0.114]] * 3)
+    turn = rng.uniform(-1, 1) * 0.3 * strength  # radians, about the grey axis
+    k = np.ones(3) / np.sqrt(3)
+    cross = np.array([[0, -k[2], k[1]], [k[2], 0, -k[0]], [-k[1], k[0], 0]])
+    hue = np.cos(turn) * np.eye(3) + np.sin(turn) * cross + (1 - np.cos(turn)) * np.outer(k, k)
+    saturation, contrast = 1 + rng.uniform(-0.5, 0.5, 2) * strength
+    m = contrast * (saturation * np.eye(3) + (1 - saturation) * grey) @ hue
+    bias = 0.5 * (1 - contrast) + rng.uniform(-0.125, 0.125) * strength
+    return np.column_stack([m, np.full(3, bias)]).astype(np.float32)
+
+
+def axis(n, scale, start, flip, size):
+    """Where n output pixels look along one axis of an image of `size` pixels scaled by `scale`.
+
+    Returns source positions (pixel centres at whole numbers), clamped to the image, and whether
+    they were inside. start: the first output pixel's place in the scaled image.
+    """
+    at = np.arange(n)[::-1] if flip else np.arange(n)
+    at = (start + at + 0.5) / scale - 0.5
+    return at.clip(0, size - 1), (at >= -0.5) & (at < size - 0.5)
+
+
+def plan(rng, size, a):
+    """For one image of `size` (H, W): the arguments of `axis`, for y and for x."""
+    scale = np.exp(rng.uniform(np.log(a.scale[0]), np.log(a.scale[1])))
+    flip = bool(a.flip and rng.random() < 0.5)
+    axes = []
+    for d in (0, 1):
+        n, full = a.crop[d], size[d]
+        s = n / full if a.fit else scale
+        room = round(full * s) - n  # what is cut off, or, if negative, padded
+        start = rng.integers(-2, 3) if a.fit else rng.integers(min(0, room), max(0, room) + 1)
+        axes.append((n, s, int(start), flip and d == 1, full))
+    return axes
+
+
+def host_batch(split, step, batch_size, seed, a, rows):
+    """Batch `step` as it travels: windows cut from the images, and where to look in them.
+
+    rows: the slice of the batch that this process works on.
+    """
+    items = []
+    indices = sample_indices(step, batch_size, len(split), seed)
+    for k in range(batch_size)[rows]:
+        rng = np.random.default_rng([seed, 2, step * batch_size + k])  # the place in the stream
+        image, label = split.pair(indices[k])
+        item, window, looks = {"colour": colour_matrix(rng, a.colour)}, [], []
+        for d, (n, s, start, flip, full) in zip("yx", plan(rng, label.shape, a)):
+            at, inside = axis(n, s, start, flip, full)
+            low, high = int(at.min()), int(np.ceil(at.max())) + 1
+            window.append(slice(low, high))
+            item[d], item[f"{d}_inside"] = (at - low).astype(np.float32), inside
+            ratio = -(-n // a.label_stride) / n  # label pixels per image pixel
+            at, inside = axis(round(n * ratio), s * ratio, start * ratio, flip, full)
+            looks.append((np.floor(at + 0.5).astype(np.int64), inside))
+        (y, y_inside), (x, x_inside) = looks
+        label = label[y[:, None], x]  # (h, w), nearest
+        item["label"] = np.where(y_inside[:, None] & x_inside, label, np.uint8(IGNORE))
+        item["image"] = image[tuple(window)]
+        items.append(item)
+    return collate(items)
+
+
+def collate(items):
+    """Stack; image windows of different sizes share a buffer as large as the largest."""
+    h = max(item["image"].shape[0] for item in items)
+    w = max(item["image"].shape[1] for item in items)
+    images = np.zeros((len(items), h, w, 3), np.uint8)
+    for buffer, item in zip(images, items):
+        image = item.pop("image")
+        buffer[: image.shape[0], : image.shape[1]] = image
+    batch = {k: torch.from_numpy(np.stack([item[k] for item in items])) for k in items[0]}
+    return batch | {"image": torch.from_numpy(images)}
+
+
+def device_batch(batch, device, mean, std):
+    """Host batch -> normalised float images (B, 3, h, w) and uint8 labels, both on the device.
+
+    Positions outside the image are 0 after normalisation, and IGNORE in the label.
+    """
+    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    images = batch["image"].permute(0, 3, 1, 2).float() / 255  # channels-last (B, 3, H, W)
+    (H, W), B = images.shape[2:], len(images)
+    y, x = (2 * batch["y"] + 1) / H - 1, (2 * batch["x"] + 1) / W - 1  # grid_sample's coordinates
+    h, w = y.shape[1], x.shape[1]
+    grid = torch.stack([x[:, None, :].expand(B, h, w), y[:, :, None].expand(B, h, w)], dim=3)
+    images = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
+    colour = batch["colour"]
+    images = torch.einsum("bij,bjhw->bihw", colour[:, :, :3], images) + colour[:, :, 3, None, None]
+    images = normalise(images.clamp(0, 1), mean, std)
+    inside = batch["y_inside"][:, None, :, None] & batch["x_inside"][:, None, None, :]
+    images = (images * inside).contiguous(memory_format=torch.channels_last)
+    return images, batch["label"]
+
+
+def normalise(images, mean, std):
+    """(B, 3, H, W) in [0, 1] -> what the net was trained on."""
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (images - mean) / std
+
+
+class Batches(torch.utils.data.Dataset):
+    """Item `step` is the host batch of that step: a DataLoader over it can start anywhere.
+
+    batch_size is that of all processes; process `rank` of `world` gets its share. An error in the
+    data is returned, for `stream` to raise, so that no worker process wraps it in a traceback.
+    """
+
+    def __init__(self, split, batch_size, seed, augment, rank=0, world=1):
+        self.split, self.batch_size, self.seed, self.augment = split, batch_size, seed, augment
+        share = batch_size // world
+        self.rows = slice(rank * share, (rank + 1) * share)
+
+    def __getitem__(self, step):
+        try:
+            return host_batch(self.split, step, self.batch_size, self.seed, self.augment, self.rows)
+        except UserError as e:
+            return e
+
+
+def stream(loader):
+    """The batches of a DataLoader over Batches, an error raised where it occurs."""
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

@@ -1,0 +1,338 @@
+"""
+TransKD (Liu et al., "TransKD: Transformer Knowledge Distillation for Efficient Semantic
+Segmentation", arXiv 2202.13393): what a student learns from a teacher beside the labels.
+
+    feature maps       F_i^S --CSF--> Fhat_i        compared with F_i^T by HCL, four stages
+    patch embeddings   E_i^S --PEA--> P_i           compared with E_i^T by MSE, four stages
+                             (GL-Mixer before PEA at stage 4, or the Embedding Assistant beside PEA)
+
+    L = CE(logits, labels) + sum_i HCL(Fhat_i, F_i^T) + sum_i alpha_i MSE(P_i, E_i^T)
+
+A method is an nn.Module built from the channels of student and teacher and called as
+`method(student, teacher, images, labels)` with two `model.Output`s. It returns a dict of named,
+weighted scalars for the loop to sum and log. Its parameters train with the student's and are thrown
+away after: the deployed student has none of them.
+"""
+
+import functools
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import PatchEmbed, UserError, init_weights, resize
+from parallel import process_mean, rank_and_world
+
+IGNORE = 255  # the label of pixels that no loss and no metric looks at
+
+# ------------------------------------------------------------------------------------------------
+# losses: in float32, whatever the autocast, and means over what counts
+
+
+def valid_mean(values, valid):
+    """Mean of `values` weighted by `valid` (>= 0); 0, not NaN, if nothing is valid."""
+    count = process_mean(valid.sum(dtype=torch.float32))
+    return (values * valid).sum() / torch.where(count > 0, count, torch.ones_like(count))
+
+
+def cross_entropy(logits, labels, class_weights=None):
+    """CE of logits (B, K, h, w), resized to the labels (B, H, W), over labels other than IGNORE.
+
+    With class_weights (K,) it is the weighted mean, sum(w_y * ce) / sum(w_y), as in torch.
+    """
+    logits = resize(logits.float(), labels.shape[1:])  # (B, K, H, W)
+    labels = labels.long()
+    valid = (labels != IGNORE).float()  # (B, H, W)
+    if class_weights is not None:
+        valid = valid * class_weights[labels.clamp(max=len(class_weights) - 1)]
+    ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    return valid_mean(ce, valid)
+
+
+def hcl(student, teacher):
+    """Hierarchical context loss of two maps (B, C, H, W) (Chen et al., "Knowledge Review", eq. 7).
+
+    MSE at full size and after pooling to 4x4, 2x2 and 1x1, with weights 1, 1/2, 1/4, 1/8, divided
+    by their sum. A level not below the map's height is left out and does not halve the weight.
+    """
+    d = student.float() - teacher.float()  # pooling is linear: pool the difference once
+    loss, weight, total = d.square().mean(), 1.0, 1.0
+    for level in (4, 2, 1):
+        if level < d.shape[2]:
+            weight /= 2
+            total += weight
+            loss = loss + weight * F.adaptive_avg_pool2d(d, level).square().mean()
+    return loss / total
+
+
+def cwd(student, teacher, T=1.0):
+    """Channel-wise distillation of two maps (B, C, H, W) (Shu et al., ICCV 2021, eq. 3).
+
+    T^2 * KL(teacher || student) of the softmax over positions, averaged over B and C.
+    """
+    log_s = F.log_softmax(student.float().flatten(2) / T, dim=2)  # (B, C, H*W)
+    log_t = F.log_softmax(teacher.float().flatten(2) / T, dim=2)
+    kl = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
+    return T**2 * kl / (student.shape[0] * student.shape[1])
+
+
+FEATURE_LOSSES = {"hcl": hcl, "cwd": cwd, "none": None}
+EMBED_STAGES = {"all": (0, 1, 2, 3), "none": (), "1": (0,), "2": (1,), "3": (2,), "4": (3,)}
+
+# ------------------------------------------------------------------------------------------------
+# CSF: feature maps of the four stages, fused from deep to shallow
+
+
+def conv_bn(c_in, c_out, kernel):
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out))
+
+
+class CrossSelectiveFusion(nn.Module):
+    """CSF (TransKD, section 3.2). Student maps (B, c_i, H_i, W_i) -> (B, C_i, H_i, W_i).
+
+        x_i = BN(Conv1x1(F_i))                               64 channels
+        m_4 = x_4;  r = upsample(m_{i+1})                    nearest, for i = 3, 2, 1
+        z = squeeze(GAP(x_i + r))                            32 channels
+        a_x, a_r = softmax over the two branches, per channel, of (W_x z, W_r z)
+        m_i = a_x * x_i + a_r * r
+        Fhat_i = BN(Conv3x3(m_i))                            the teacher's channels
+
+    norm="none", the default: squeeze = ReLU(Conv1x1).
+    norm="batch": as the authors released it, ReLU(BN(Conv1x1)), and at batch 1, where a batch norm
+    of a 1x1 map has nothing to normalise, a second, separate ReLU(Conv1x1). At batch 2 that BN maps
+    any two samples to +s and -s, so hardly anything of the image is left in the attention.
+    """
+
+    def __init__(self, student_channels, teacher_channels, norm="none", mid=64, squeeze=32):
+        super().__init__()
+        self.norm = norm
+        self.reduce = nn.ModuleList(conv_bn(c, mid, 1) for c in student_channels)
+        self.expand = nn.ModuleList(conv_bn(mid, c, 3) for c in teacher_channels)
+        self.squeeze, self.squeeze1 = nn.ModuleList(), nn.ModuleList()
+        self.attend_x, self.attend_r = nn.ModuleList(), nn.ModuleList()
+        for _ in student_channels[:-1]:  # the last stage has nothing deeper to fuse with
+            layers = [nn.Conv2d(mid, squeeze, 1, bias=False), nn.ReLU()]
+            if norm == "batch":
+                layers.insert(1, nn.BatchNorm2d(squeeze))
+                self.squeeze1.append(nn.Conv2d(mid, squeeze, 1, bias=False))
+            self.squeeze.append(nn.Sequential(*layers))
+            self.attend_x.append(nn.Conv2d(squeeze, mid, 1))
+            self.attend_r.append(nn.Conv2d(squeeze, mid, 1))
+
+    def fuse(self, i, x, r):
+        r = F.interpolate(r, size=x.shape[2:], mode="nearest")
+        g = (x + r).mean(dim=(2, 3), keepdim=True)  # (B, 64, 1, 1)
+        if self.norm == "batch":
+            batch = len(g) * rank_and_world()[1]  # of all processes
+            z = self.squeeze[i](g) if batch > 1 else F.relu(self.squeeze1[i](g))
+            unused = self.squeeze1[i] if batch > 1 else self.squeeze[i]
+            z = z + sum(0 * p.sum() for p in unused.parameters())  # DDP wants a gradient for all
+        else:
+            z = self.squeeze[i](g)  # (B, 32, 1, 1)
+        a = torch.stack([self.attend_x[i](z), self.attend_r[i](z)]).softmax(dim=0)
+        return a[0] * x + a[1] * r  # (B, 64, H_i, W_i)
+
+    def forward(self, features):
+        fused = []
+        for i in reversed(range(len(features))):
+            m = self.reduce[i](features[i])
+            if fused:
+                m = self.fuse(i, m, fused[0])
+            fused.insert(0, m)
+        return [expand(m) for expand, m in zip(self.expand, fused)]
+
+
+# ------------------------------------------------------------------------------------------------
+# PEA: patch embeddings of the four stages; GL-Mixer and Embedding Assistant
+
+
+class GLMixer(nn.Module):
+    """Global-Local context Mixer (TransKD, section 3.4): tokens (B, N, C) -> (B, N, C).
+
+        E' = w_a * MHSA(E) + w_c * (Conv(E) * sigmoid(Conv(E)))      8 heads; Conv1d, 3 tokens wide
+
+    w_a and w_c are learned and start at `init`: at 0.5, E' is the mean of the two. (The authors'
+    code leaves them uninitialised, so what its results began from is unknown.)
+    """
+
+    def __init__(self, dim, heads=8, init=0.5, residual=False):
+        super().__init__()
+        if dim % heads:
+            raise UserError(f"GL-Mixer: {dim} channels do not divide into {heads} heads")
+        self.heads, self.residual = heads, residual
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.conv = nn.Conv1d(dim, dim, 3, padding=1)
+        self.gate = nn.Conv1d(dim, dim, 3, padding=1)
+        self.w_global = nn.Parameter(torch.tensor([float(init)]))
+        self.w_local = nn.Parameter(torch.tensor([float(init)]))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
+        y = self.proj(y.transpose(1, 2).flatten(2))  # (B, N, C)
+        t = x.transpose(1, 2)  # (B, C, N): neighbours along the raster order
+        local = (self.conv(t) * self.gate(t).sigmoid()).transpose(1, 2)  # (B, N, C)
+        y = self.w_global * y + self.w_local * local
+        return y + x if self.residual else y
+
+
+class PatchEmbeddingAlignment(nn.Module):
+    """PEA (TransKD, section 3.3): student embeddings (B, N_i, c_i) -> (B, N_i, C_i), by a Linear.
+
+    variant="gl": at stage 4 the GL-Mixer comes first.
+    variant="ea": the Embedding Assistant (section 3.5), a second patch embedding with the teacher's
+    channels, looks at what the student's own sees (the image, then the map of the stage before):
+        P_i = u_i * Linear_i(E_i) + v_i * EA_i(input_i),   u = .1 .2 .3 .4, v = .5 .6 .7 .8 at first
+    """
+
+    def __init__(self, student_channels, teacher_channels, stages, variant, gl_init, gl_residual):
+        super().__init__()
+        self.stages, self.variant = stages, variant
+        pairs = [(student_channels[i], teacher_channels[i]) for i in stages]
+        self.linears = nn.ModuleList(nn.Linear(c, C) for c, C in pairs)
+        if variant == "gl" and 3 in stages:
+            self.mixer = GLMixer(student_channels[3], init=gl_init, residual=gl_residual)
+        if variant == "ea":
+            inputs = (3, *student_channels[:3])
+            self.assistants = nn.ModuleList(
+                PatchEmbed(inputs[i], teacher_channels[i], *((7, 4) if i == 0 else (3, 2)))
+                for i in stages
+            )
+            self.assistants.apply(init_weights)
+            self.u = nn.ParameterList(torch.tensor([0.1 * (i + 1)]) for i in stages)
+            self.v = nn.ParameterList(torch.tensor([0.1 * (i + 5)]) for i in stages)
+
+    def forward(self, student, images):
+        aligned = []
+        for k, i in enumerate(self.stages):
+            e = student.embeddings[i]
+            if self.variant == "gl" and i == 3:
+                e = self.mixer(e)
+            p = self.linears[k](e)  # (B, N_i, C_i)
+            if self.variant == "ea":
+                source = images if i == 0 else student.features[i - 1]
+                p = self.u[k] * p + self.v[k] * self.assistants[k](source)[0]
+            aligned.append(p)
+        return aligned
+
+
+# ------------------------------------------------------------------------------------------------
+# the methods
+
+
+class NoDistillation(nn.Module):
+    """The student alone: no terms, no parameters, no teacher."""
+
+    needs_teacher = needs_logits = False
+
+    def __init__(self, student_channels, teacher_channels):
+        super().__init__()
+
+    def forward(self, student, teacher, images, labels):
+        return {}
+
+
+class TransKD(nn.Module):
+    """TransKD-Base, -GL or -EA (variant "base", "gl", "ea"): CSF with HCL, plus PEA with MSE.
+
+    feature_loss: "hcl" or, in its place, "cwd"; "none" leaves CSF out (PEA alone).
+    embed: "all" stages with weights alpha, one stage "1".."4" with weight 1, "none" (CSF alone).
+    feature_weight, embed_weight: factors on the two sums; 1 in the paper.
+    """
+
+    needs_teacher, needs_logits = True, False
+
+    def __init__(
+        self,
+        student_channels,
+        teacher_channels,
+        variant="base",
+        csf_norm="none",
+        feature_loss="hcl",
+        embed="all",
+        embed_alpha=(0.1, 0.1, 0.5, 1.0),
+        feature_weight=1.0,
+        embed_weight=1.0,
+        gl_init=0.5,
+        gl_residual=False,
+    ):
+        super().__init__()
+        self.feature_loss = FEATURE_LOSSES[feature_loss]
+        self.feature_weight, self.embed_weight = feature_weight, embed_weight
+        stages = EMBED_STAGES[embed]
+        self.alpha = tuple(embed_alpha) if embed == "all" else (1.0,)
+        self.csf = self.pea = None
+        if self.feature_loss:
+            self.csf = CrossSelectiveFusion(student_channels, teacher_channels, csf_norm)
+        if stages:
+            self.pea = PatchEmbeddingAlignment(
+                student_channels, teacher_channels, stages, variant, gl_init, gl_residual
+            )
+
+    def forward(self, student, teacher, images, labels):
+        terms = {}
+        if self.csf:
+            maps = self.csf(student.features)
+            terms["features"] = self.feature_weight * sum(
+                self.feature_loss(f, t) for f, t in zip(maps, teacher.features)
+            )
+        if self.pea:
+            aligned = self.pea(student, images)
+            targets = [teacher.embeddings[i] for i in self.pea.stages]
+            terms["embeddings"] = self.embed_weight * sum(
+                a * F.mse_loss(p.float(), t.float())
+                for a, p, t in zip(self.alpha, aligned, targets)
+            )
+        return terms
+
+
+class Together(nn.Module):
+    """Several methods at once: `--method a+b`."""
+
+    def __init__(self, methods):
+        super().__init__()
+        self.methods = nn.ModuleDict(methods)
+        self.needs_teacher = any(m.needs_teacher for m in methods.values())
+        self.needs_logits = any(m.needs_logits for m in methods.values())
+
+    def forward(self, student, teacher, images, labels):
+        terms = {}
+        for name, method in self.methods.items():
+            for term, value in method(student, teacher, images, labels).items():
+                terms[f"{name}/{term}"] = value
+        return terms
+
+
+METHODS = {
+    "none": NoDistillation,
+    "transkd-base": functools.partial(TransKD, variant="base"),
+    "transkd-gl": functools.partial(TransKD, variant="gl"),
+    "transkd-ea": functools.partial(TransKD, variant="ea"),
+}
+
+
+def build_method(spec, student_channels, teacher_channels, methods=METHODS, **options):
+    """The method named by `spec`, "a" or "a+b", with those of `options` that it takes.
+
+    Raises UserError for an unknown name and for an option that none of the named methods takes.
+    """
+    names = spec.split("+")
+    unknown = [name for name in names if name not in methods]
+    if unknown:
+        raise UserError(f"unknown method '{unknown[0]}': choose among {', '.join(methods)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"method '{spec}' names one method twice")
+    taken, built = set(), {}
+    for name in names:
+        mine = options.keys() & inspect.signature(methods[name]).parameters.keys()
+        built[name] = methods[name](
+            student_channels, teacher_channels, **{k: options[k] for k in mine}
+        )
+        taken |= mine
+    for option in options.keys() - taken:
+        raise UserError(f"--{option.replace('_', '-')} has no effect on --method {spec}")
+    return built[names[0]] if len(names) == 1 else Together(built)

@@ -1,0 +1,352 @@
+"""
+Score a checkpoint on a data set, or label your own photos with it.
+
+    python eval.py --ckpt out/student.pt --dataset camvid --data-dir D
+    python eval.py --ckpt out/student.pt --dataset camvid --data-dir D --scales 0.75 1 1.25 --flip
+    python eval.py --ckpt out/student.pt --image photo.jpg --out-dir labelled
+
+mIoU is the mean of intersection / union over the classes that occur in labels or predictions, from
+one confusion matrix of all pixels that are not IGNORE.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import model
+from augment import normalise
+from distill import IGNORE
+from model import UserError, resize
+from parallel import rank_and_world
+
+# ------------------------------------------------------------------------------------------------
+# metrics
+
+
+def confusion(prediction, label, num_classes):
+    """(K, K) int64: rows are labels, columns predictions, IGNORE left out. Both (...) integer."""
+    prediction, label = prediction.flatten().long(), label.flatten().long()
+    valid = label != IGNORE
+    cells = label[valid] * num_classes + prediction[valid]
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def boundary(labels, d):
+    """Pixels of (B, H, W) within d (a square of side 2d + 1) of another label or the image's edge.
+
+    It is the mask of class k minus its erosion, for all k at once (Cheng et al., CVPR 2021): the
+    pixels of the square are all equal iff no two neighbours in it differ, and a summed-area table
+    counts those that do at a cost that does not grow with d.
+    """
+    x = F.pad(labels.int(), (d, d, d, d), value=-1)  # (B, H + 2d, W + 2d)
+    across = box_sum(x[:, :, 1:] != x[:, :, :-1], 2 * d + 1, 2 * d)
+    down = box_sum(x[:, 1:] != x[:, :-1], 2 * d, 2 * d + 1)
+    return across + down > 0
+
+
+def box_sum(x, h, w):
+    """Sums over all h x w boxes of (B, H, W): (B, H - h + 1, W - w + 1)."""
+    s = F.pad(x.int().cumsum(1).cumsum(2), (1, 0, 1, 0))
+    return s[:, h:, w:] - s[:, :-h, w:] - s[:, h:, :-w] + s[:, :-h, :-w]
+
+
+def boundary_counts(prediction, label, num_classes):
+    """(2, K) int64: intersection and union of the boundary regions, 2 % of the diagonal wide."""
+    h, w = label.shape[1:]
+    d = max(1, round(0.02 * (h**2 + w**2) ** 0.5))
+    prediction = torch.where(label == IGNORE, IGNORE, prediction)  # no edges where nothing is known
+    p = torch.where(boundary(prediction, d), prediction, IGNORE).flatten().long()
+    g = torch.where(boundary(label, d), label, IGNORE).flatten().long()
+    n_p, n_g, both = (torch.bincount(v, minlength=256)[:num_classes] for v in (p, g, p[p == g]))
+    return torch.stack([both, n_p + n_g - both])
+
+
+def scores(matrix, edges):
+    """The metrics of a confusion matrix (K, K) and boundary counts (2, K): plain floats and None.
+
+    A class in neither labels nor predictions has IoU None and is left out of the means.
+    """
+    matrix = matrix.double()
+    hits, total = matrix.diag(), matrix.sum()
+    union = matrix.sum(0) + matrix.sum(1) - hits
+
+    def ratios(part, whole):
+        values = [p / w if w else None for p, w in zip(part.tolist(), whole.tolist())]
+        present = [v for v in values if v is not None]
+        return values, sum(present) / len(present) if present else None
+
+    iou, miou = ratios(hits, union)
+    edge_iou, edge_miou = ratios(edges[0].double(), edges[1].double())
+    _, mean_acc = ratios(hits, matrix.sum(1))
+    return dict(
+        miou=miou,
+        pixel_acc=(hits.sum() / total).item() if total else None,
+        mean_acc=mean_acc,
+        boundary_iou=edge_miou,
+        iou=iou,
+        boundary_iou_by_class=edge_iou,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# inference
+
+
+def predict(net, images, size, scales=(1.0,), flip=False, window=None, stride=None):
+    """Scores (B, K, *size) of normalised images (B, 3, H, W): logits, or with several views the
+    mean of their softmaxes. window, stride: side and step of a sliding window of averaged logits.
+    """
+    views = [(s, f) for s in scales for f in ((False, True) if flip else (False,))]
+    total = 0
+    for scale, mirrored in views:
+        x = images
+        if scale != 1:
+            side = [max(32, round(n * scale)) for n in images.shape[2:]]
+            x = F.interpolate(x, size=side, mode="bilinear", antialias=scale < 1)
+        x = x.flip(3) if mirrored else x
+        logits = slide(net, x, window, stride) if window else net(x).logits
+        logits = resize(logits.float(), size)
+        logits = logits.flip(3) if mirrored else logits
+        if len(views) == 1:
+            return logits
+        total = total + logits.softmax(dim=1)
+    return total / len(views)
+
+
+def slide(net, x, window, stride):
+    """Mean logits (B, K, H, W) of windows that cover x (B, 3, H, W), the last flush with its end."""
+    H, W = x.shape[2:]
+    starts = [sorted({*range(0, max(n - window, 0), stride), max(n - window, 0)}) for n in (H, W)]
+    total, count = 0, torch.zeros(H, W, device=x.device)
+    for top in starts[0]:
+        for left in starts[1]:
+            at = (..., slice(top, top + window), slice(left, left + window))
+            logits = net(x[at]).logits
+            if isinstance(total, int):
+                total = torch.zeros(len(x), logits.shape[1], H, W, device=x.device)
+            total[at] += resize(logits.float(), x[at].shape[2:])
+            count[at[1:]] += 1
+    return total / count
+
+
+def autocast(device, dtype):
+    """bf16 or fp16 autocast, or nothing for float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, getattr(torch, dtype))
+
+
+def groups(split, indices, batch_size):
+    """Neighbouring indices with images of one size, at most batch_size of them, and the images."""
+    group, images = [], []
+    for i in indices:
+        image = split.image(i)
+        if group and (image.shape != images[0].shape or len(group) == batch_size):
+            yield group, images
+            group, images = [], []
+        group.append(i)
+        images.append(image)
+    if group:
+        yield group, images
+
+
+def prepare(image, facts, short_side=None):
+    """uint8 image (H, W, 3) -> normalised float (1, 3, h, w), its shorter side resized if asked."""
+    h, w = image.shape[:2]
+    if short_side and short_side != min(h, w):
+        s = short_side / min(h, w)
+        size = (max(32, int(w * s + 0.5)), max(32, int(h * s + 0.5)))
+        image = np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+    return normalise(x, facts["mean"], facts["std"])
+
+
+@torch.no_grad()
+def evaluate(
+    net, split, facts, device="cpu", dtype="float32", protocol="full", batch_size=8, **views
+):
+    """Metrics of `net` on a split, this process scoring every world-th image, none of them twice.
+
+    protocol "full": labels at their own resolution, logits resized to them.
+    protocol "paper": images resized to a shorter side of 512, logits as they come, at a quarter of
+    that, against labels resized to it by nearest, as in the TransKD release. Lower than, and not
+    comparable with, published full-resolution figures.
+    """
+    rank, world = rank_and_world()
+    K, training = net.num_classes, net.training
+    net.eval()
+    counts = torch.zeros(K + 2, K, dtype=torch.int64, device=device)  # confusion, then boundaries
+    for indices, images in groups(split, range(rank, len(split), world), batch_size):
+        labels = [split.label(i) for i in indices]
+        if protocol == "paper":
+            x = torch.cat([prepare(image, facts, 512) for image in images])
+            quarter = tuple(int(n / 4 + 0.5) for n in x.shape[2:])
+            labels = [nearest(label, quarter) for label in labels]
+        else:
+            x = torch.cat([prepare(image, facts, facts["resize"]) for image in images])
+        y = torch.from_numpy(np.stack(labels)).to(device)
+        with autocast(device, dtype):
+            p = predict(net, x.to(device), y.shape[1:], **views).argmax(dim=1).to(torch.uint8)
+        counts[:K] += confusion(p, y, K)
+        counts[K:] += boundary_counts(p, y, K)
+    net.train(training)
+    if world > 1:
+        dist.all_reduce(counts)
+    metrics = scores(counts[:K].cpu(), counts[K:].cpu())
+    return metrics | dict(classes=list(facts["classes"]), images=len(split), protocol=protocol)
+
+
+def nearest(label, size):
+    return np.asarray(Image.fromarray(label).resize(size[::-1], Image.NEAREST))
+
+
+# ------------------------------------------------------------------------------------------------
+# pictures
+
+
+def paint(ids, palette):
+    """(H, W) class ids -> (H, W, 3) uint8; IGNORE is black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(palette)] = palette
+    return table[ids]
+
+
+def overlay(image, ids, classes, palette):
+    """The photo under the colours of its labels, with a legend of its classes, largest first."""
+    mixed = (0.5 * image + 0.5 * paint(ids, palette)).astype(np.uint8)
+    picture = Image.fromarray(mixed)
+    draw = ImageDraw.Draw(picture, "RGBA")
+    side = max(8, min(picture.size) // 40)
+    font, step = ImageFont.load_default(side), int(1.4 * side)
+    found = [k for k in np.argsort(-np.bincount(ids.ravel(), minlength=256)) if (ids == k).any()]
+    found = [k for k in found if k < len(classes)][: max(1, picture.height // step - 1)]
+    width = max(draw.textlength(classes[k], font) for k in found) + 2.5 * side
+    draw.rectangle((0, 0, width, step * len(found) + side // 2), fill=(0, 0, 0, 150))
+    for row, k in enumerate(found):
+        y = row * step + side // 2
+        draw.rectangle((side // 2, y, 1.5 * side, y + side), fill=tuple(palette[k]))
+        draw.text((2 * side, y - side // 8), classes[k], fill="white", font=font)
+    return picture
+
+
+def save_image(picture, path):
+    with model.atomic(path) as tmp:
+        picture.save(tmp, format="PNG")
+
+
+@torch.no_grad()
+def label_photos(net, facts, args, views):
+    """--image: for every photo a colour mask, an overlay and the ids, at the photo's own size."""
+    source = Path(args.image)
+    paths = [source]
+    if source.is_dir():
+        paths = [p for p in sorted(source.iterdir()) if p.suffix.lower() in data.IMAGE_SUFFIXES]
+    if not paths or not source.exists():
+        raise UserError(f"{source}: " + ("no photos in it" if source.is_dir() else "no such file"))
+    if not args.out_dir:
+        raise UserError("--image needs --out-dir, the folder for the pictures")
+    stems = [p.stem for p in paths]
+    out = Path(args.out_dir)
+    for k, path in enumerate(paths):
+        image = data.read_image(path)
+        x = prepare(image, facts, args.short_side or facts["short_side"]).to(args.device)
+        with autocast(args.device, args.dtype):
+            ids = predict(net, x, image.shape[:2], **views).argmax(dim=1)[0]
+        ids = ids.to(torch.uint8).cpu().numpy()
+        name = path.stem if stems.count(path.stem) == 1 else path.name  # a.jpg beside a.png
+        save_image(Image.fromarray(paint(ids, facts["palette"])), out / f"{name}_mask.png")
+        picture = overlay(image, ids, facts["classes"], facts["palette"])
+        save_image(picture, out / f"{name}_overlay.png")
+        save_image(Image.fromarray(ids), out / f"{name}_ids.png")
+        print(f"{k + 1}/{len(paths)} {path} -> {out}/{name}_{{mask,overlay,ids}}.png")
+
+
+# ------------------------------------------------------------------------------------------------
+# the command
+
+
+def percent(value):
+    return "   -  " if value is None else f"{100 * value:6.2f}"
+
+
+def print_table(metrics):
+    print(f"{'class':>22s}    IoU  boundary IoU")
+    rows = zip(metrics["classes"], metrics["iou"], metrics["boundary_iou_by_class"])
+    for name, iou, edge in rows:
+        print(f"{name:>22s} {percent(iou)}        {percent(edge)}")
+    print(f"{'mean':>22s} {percent(metrics['miou'])}        {percent(metrics['boundary_iou'])}")
+    print(
+        f"pixel accuracy {percent(metrics['pixel_acc'])}, mean "
+        f"accuracy {percent(metrics['mean_acc'])}; {metrics['images']} images, protocol {metrics['protocol']}"
+    )
+
+
+def get_args():
+    p = argparse.ArgumentParser(
+        description="Score a checkpoint, or label photos with it", allow_abbrev=False
+    )
+    p.add_argument("--ckpt", required=True, help="student.pt or teacher.pt of a run")
+    # what to score
+    p.add_argument("--dataset", help=f"one of {', '.join(data.DATASETS)} (default: the run's own)")
+    p.add_argument("--data-dir", help="the folder that holds it")
+    p.add_argument("--split", default="val", help="val, train, or test if there is one")
+    p.add_argument("--cache", choices=("on", "off"), default="on", help="decode the files once")
+    p.add_argument("--cache-dir", help="where (default: .cache beside the data)")
+    p.add_argument("--protocol", choices=("full", "paper"), default="full", help="see evaluate()")
+    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    # or what to label
+    p.add_argument("--image", help="a photo, or a folder of them")
+    p.add_argument("--out-dir", help="where its mask, overlay and ids go")
+    p.add_argument("--short-side", type=int, help="resize photos to this (default: as in training)")
+    # how
+    p.add_argument(
+        "--scales", type=float, nargs="+", default=[1.0], help="average over these sizes"
+    )
+    p.add_argument("--flip", action="store_true", help="and over mirrored images")
+    p.add_argument(
+        "--window", type=int, help="side of a sliding window; for images far larger than crops"
+    )
+    p.add_argument("--stride", type=int, help="its step (default: 3/4 of the window)")
+    p.add_argument("--batch-size", type=int, default=8, help="images of one size at a time")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    return p.parse_args()
+
+
+def main(args):
+    if args.window and args.window < 32:
+        raise UserError(f"--window {args.window}: at least 32, the encoder's coarsest stride")
+    if min(args.scales) <= 0 or args.batch_size < 1 or (args.stride or 1) < 1:
+        raise UserError("--scales, --batch-size and --stride must be positive")
+    views = dict(scales=args.scales, flip=args.flip, window=args.window)
+    views["stride"] = args.stride or (args.window or 0) * 3 // 4
+    # with --json the progress of the cache goes to stderr, so that stdout is JSON alone
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        net, facts = model.load(args.ckpt)
+        net.to(args.device)
+        if args.image:
+            return label_photos(net, facts, args, views)
+        dataset = data.open_dataset(args.dataset or facts["dataset"], args.data_dir)
+        data.check_classes(args.ckpt, net, dataset)
+        split = data.open_split(dataset, args.split, args.data_dir, args.cache, args.cache_dir)
+        metrics = evaluate(
+            net, split, facts, args.device, args.dtype, args.protocol, args.batch_size, **views
+        )
+    if args.json:
+        print(json.dumps(metrics))
+    else:
+        print_table(metrics)
+
+
+if __name__ == "__main__":
+    cli_args = get_args()
+    model.cli(main, cli_args)

@@ -1,0 +1,145 @@
+"""
+What a model costs: parameters, multiply-accumulates, latency; and what a method adds in training.
+
+    python flops.py --model b0 b2 --num-classes 20 --size 512x1024
+    python flops.py --model b0 --teacher b2 --method transkd-base --num-classes 20
+
+GMACs (10^9 multiply-accumulates; FLOPs are twice that) follow the papers: convolutions and linear
+layers of the network as its paper draws it. Two things that this hides stand beside it: the matrix
+products inside attention, and what really runs here, where the head multiplies before it resizes.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import baselines
+import distill
+import model
+
+METHODS = {**distill.METHODS, **baselines.METHODS}
+
+
+def count(run):
+    """(conv and linear GMACs, attention GMACs) of calling run()."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    by_op = counter.get_flop_counts()["Global"]
+    # one op where a fused kernel runs, two batched products where (as on meta tensors) none does
+    products = ("scaled_dot_product", "bmm")
+    attention = sum(n for op, n in by_op.items() if any(p in str(op) for p in products))
+    return (sum(by_op.values()) - attention) / 2e9, attention / 2e9
+
+
+def measure(net, image, extra=None):
+    """Parameters and GMACs of a net on a meta image (1, 3, H, W), and of extra(output) with it."""
+
+    def run():
+        out = net(image)
+        if extra:
+            extra(out)
+
+    net.eval()
+    net.head.merged = False
+    gmacs, attention = count(run)
+    net.head.merged = True
+    executed, _ = count(run)
+    return dict(gmacs=gmacs, attention_gmacs=attention, executed_gmacs=executed)
+
+
+def measure_named(name, num_classes, size):
+    """Parameters and GMACs of a fresh model at `size` (H, W), without memory for its weights."""
+    with torch.device("meta"):
+        net, image = model.build(name, num_classes), torch.empty(1, 3, *size)
+    return dict(params=model.count_parameters(net), **measure(net, image))
+
+
+def latency(net, image, warmup=3, runs=10):
+    """Median milliseconds of one forward pass, after a warm-up, synchronised."""
+    times = []
+    sync = torch.cuda.synchronize if image.is_cuda else lambda: None
+    with torch.inference_mode():
+        for k in range(warmup + runs):
+            sync()
+            start = time.perf_counter()
+            net(image)
+            sync()
+            if k >= warmup:
+                times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def rows(args):
+    height, width = args.size
+    with torch.device("meta"):
+        image = torch.empty(1, 3, height, width)
+        teacher = model.build(args.teacher, args.num_classes)
+    for name in args.model:
+        row = dict(name=name, **measure_named(name, args.num_classes, args.size))
+        if args.latency:
+            net = model.build(name, args.num_classes).to(args.device).eval()
+            row["latency_ms"] = latency(net, torch.randn(1, 3, height, width, device=args.device))
+        yield row
+        if args.method:
+            with torch.device("meta"):
+                net = model.build(name, args.num_classes)
+                options = {} if args.csf_norm is None else dict(csf_norm=args.csf_norm)
+                method = distill.build_method(
+                    args.method, net.channels, teacher.channels, METHODS, **options
+                )
+                labels = torch.zeros(1, height, width, dtype=torch.uint8)
+                extra = functools.partial(method.eval(), teacher=teacher(image), images=image)
+            yield dict(
+                name=f"{name} + {args.method} from {args.teacher} (training only)",
+                params=model.count_parameters(net) + model.count_parameters(method),
+                **measure(net, image, functools.partial(extra, labels=labels)),
+            )
+
+
+def size(text):
+    try:
+        height, width = (int(n) for n in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not HEIGHTxWIDTH, like 512x1024") from None
+    return height, width
+
+
+def get_args():
+    p = argparse.ArgumentParser(description="Count parameters and GMACs", allow_abbrev=False)
+    p.add_argument("--model", nargs="+", default=["b0", "b2"], help=f"of {', '.join(model.MODELS)}")
+    p.add_argument("--num-classes", type=int, default=19)
+    p.add_argument("--size", type=size, default="512x1024", help="HEIGHTxWIDTH of the image")
+    p.add_argument(
+        "--method", help="add a row for each student with this method's training wrapper"
+    )
+    p.add_argument("--teacher", default="b2", help="the teacher of --method")
+    p.add_argument("--csf-norm", choices=("none", "batch"), help="as in train.py")
+    p.add_argument("--latency", action="store_true", help="also time a forward pass at batch 1")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--json", action="store_true", help="print a JSON list")
+    return p.parse_args()
+
+
+def main(args):
+    table = list(rows(args))
+    if args.json:
+        print(json.dumps(table))
+        return
+    print(f"at {args.size[0]}x{args.size[1]}, {args.num_classes} classes")
+    print(f"{'params':>10s} {'GMACs':>8s} {'attention':>10s} {'executed':>9s} {'ms':>8s}  name")
+    for r in table:
+        ms = f"{r['latency_ms']:8.1f}" if "latency_ms" in r else " " * 8
+        print(
+            f"{r['params']:>10d} {r['gmacs']:8.2f} {r['attention_gmacs']:10.2f} "
+            f"{r['executed_gmacs']:9.2f} {ms}  {r['name']}"
+        )
+
+
+if __name__ == "__main__":
+    cli_args = get_args()
+    model.cli(main, cli_args)
