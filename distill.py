@@ -275,12 +275,12 @@ class TransKD(nn.Module):
 
     def forward(self, student, teacher, images, labels):
         terms = {}
-        if self.csf:
+        if self.csf is not None:
             maps = self.csf(student.features)
             terms["features"] = self.feature_weight * sum(
                 self.feature_loss(f, t) for f, t in zip(maps, teacher.features)
             )
-        if self.pea:
+        if self.pea is not None:
             aligned = self.pea(student, images)
             targets = [teacher.embeddings[i] for i in self.pea.stages]
             terms["embeddings"] = self.embed_weight * sum(

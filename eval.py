@@ -123,7 +123,7 @@ def predict(net, images, size, scales=(1.0,), flip=False, window=None, stride=No
 
 
 def slide(net, x, window, stride):
-    """Mean logits (B, K, H, W) of windows that cover x (B, 3, H, W), the last flush with its end."""
+    """Mean logits (B, K, H, W) of windows that cover x (B, 3, H, W), the last at its very end."""
     H, W = x.shape[2:]
     starts = [sorted({*range(0, max(n - window, 0), stride), max(n - window, 0)}) for n in (H, W)]
     total, count = 0, torch.zeros(H, W, device=x.device)
@@ -166,7 +166,7 @@ def prepare(image, facts, short_side=None):
         s = short_side / min(h, w)
         size = (max(32, int(w * s + 0.5)), max(32, int(h * s + 0.5)))
         image = np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
-    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
     return normalise(x, facts["mean"], facts["std"])
 
 
@@ -284,10 +284,9 @@ def print_table(metrics):
     for name, iou, edge in rows:
         print(f"{name:>22s} {percent(iou)}        {percent(edge)}")
     print(f"{'mean':>22s} {percent(metrics['miou'])}        {percent(metrics['boundary_iou'])}")
-    print(
-        f"pixel accuracy {percent(metrics['pixel_acc'])}, mean "
-        f"accuracy {percent(metrics['mean_acc'])}; {metrics['images']} images, protocol {metrics['protocol']}"
-    )
+    pixel, mean = percent(metrics["pixel_acc"]), percent(metrics["mean_acc"])
+    print(f"pixel accuracy {pixel}, mean accuracy {mean}")
+    print(f"{metrics['images']} images, protocol {metrics['protocol']}")
 
 
 def get_args():

@@ -1,0 +1,38 @@
+"""Small data sets in the layouts of the real ones, made anew for each test."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COLOURS = np.array([(200, 40, 40), (40, 200, 40), (40, 40, 200)], np.uint8)
+
+
+def picture(seed, height=40, width=48, classes=3):
+    """A label of rectangles and an image whose colour is its label's."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros((height, width), np.uint8)
+    for _ in range(6):
+        y, x = rng.integers(0, height - 8), rng.integers(0, width - 8)
+        label[y : y + rng.integers(4, 20), x : x + rng.integers(4, 20)] = rng.integers(classes)
+    return COLOURS[label % 3], label
+
+
+def write_folder(root, train=6, val=3, classes=3, **kw):
+    """The folder layout, with one column of ignored pixels in every label."""
+    (root / "images").mkdir(parents=True)
+    (root / "labels").mkdir()
+    stems = [f"p{i}" for i in range(train + val)]
+    for i, stem in enumerate(stems):
+        image, label = picture(i, classes=classes, **kw)
+        label[:, 0] = 255
+        Image.fromarray(image).save(root / "images" / f"{stem}.png")
+        Image.fromarray(label).save(root / "labels" / f"{stem}.png")
+    (root / "train.txt").write_text("\n".join(stems[:train]) + "\n")
+    (root / "val.txt").write_text("\n".join(stems[train:]) + "\n")
+    (root / "classes.txt").write_text("".join(f"thing {k}\n" for k in range(classes)))
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "data")

@@ -1,0 +1,150 @@
+"""Batches: image and label move together, as torchvision moves them; the same for everybody."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import COLOURS, picture
+from torchvision.transforms.v2 import functional as tv
+
+import augment
+from augment import Augment, Batches, device_batch, sample_indices
+from data import Packed, index_of
+
+RAW = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def packed(pairs):
+    images = np.concatenate([image.reshape(-1) for image, _ in pairs])
+    labels = np.concatenate([label.reshape(-1) for _, label in pairs])
+    return Packed(images, labels, index_of([label.shape for _, label in pairs]))
+
+
+def batch(split, how, size=4, seed=0, step=0, **kw):
+    return device_batch(Batches(split, size, seed, how, **kw)[step], "cpu", **RAW)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Augment((64, 96), colour=0),
+        Augment((33, 47), scale=(2.0, 2.0), colour=0),
+        Augment((96, 64), scale=(0.4, 0.6), colour=0),
+        Augment((64, 96), colour=0, fit=True),
+    ],
+)
+def test_image_and_label_move_together(how):
+    """The image's colours are its labels': after any augmentation they still must be."""
+    split = packed([picture(i, 61, 85) for i in range(4)])
+    table = torch.from_numpy(COLOURS).float() / 255
+    right, wrong = [], []
+    for step in range(5):
+        images, labels = batch(split, how, step=step)
+        assert images.shape == (4, 3, *how.crop) and labels.shape == (4, *how.crop)
+        known = labels != 255
+        assert known.any() and (images.permute(0, 2, 3, 1)[~known] == 0).all()
+        nearest = (images.permute(0, 2, 3, 1)[..., None, :] - table).norm(dim=-1).argmin(-1)
+        right.append((nearest == labels)[known].float().mean())
+        wrong.append((nearest.roll(5, 2) == labels)[known].float().mean())
+    assert min(right) > 0.93  # all but the mixed colours on edges
+    assert np.mean(wrong) < np.mean(right) - 0.02
+
+
+def test_scale_one_is_a_plain_crop():
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3)).astype(np.uint8)
+    label = np.arange(60 * 80, dtype=np.int64).reshape(60, 80).astype(np.uint8)
+    how = Augment((32, 32), scale=(1.0, 1.0), flip=False, colour=0)
+    images, labels = batch(packed([(image, label)]), how, size=3)
+    for x, y in zip(images, labels):
+        places = [
+            (r, c)
+            for r in range(29)
+            for c in range(49)
+            if np.array_equal(label[r : r + 32, c : c + 32], y)
+        ]
+        assert len(places) >= 1
+        want = [torch.from_numpy(image[r : r + 32, c : c + 32]) / 255 for r, c in places]
+        assert any(torch.allclose(x.permute(1, 2, 0), w, atol=1e-4) for w in want)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.8, 1.5, 2.0])
+def test_scaling_equals_torchvision(scale):
+    """A crop as large as the scaled image is torchvision's resize, without antialiasing."""
+    image, label = picture(3, 40, 60)
+    size = [round(40 * scale), round(60 * scale)]
+    how = Augment(tuple(size), scale=(scale, scale), flip=False, colour=0)
+    images, labels = batch(packed([(image, label)]), how, size=1)
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    want = tv.resize(x, size, antialias=False)
+    assert torch.allclose(images, want, atol=1e-4)
+    nearest = tv.resize(torch.from_numpy(label)[None], size, tv.InterpolationMode.NEAREST_EXACT)
+    assert (labels == nearest).float().mean() > 0.99  # ties may fall to either side
+
+
+def test_flip_mirrors_both():
+    image, label = picture(1, 40, 40)
+    split = packed([(image, label)])
+    how = Augment((40, 40), scale=(1.0, 1.0), colour=0)
+    seen = set()
+    for step in range(12):
+        images, labels = batch(split, how, size=1, step=step)
+        flipped = not np.array_equal(labels[0], label)
+        seen.add(flipped)
+        want = image[:, ::-1] if flipped else image
+        assert np.array_equal(labels[0], label[:, ::-1] if flipped else label)
+        assert torch.allclose(images[0].permute(1, 2, 0), torch.from_numpy(want.copy()) / 255)
+    assert seen == {True, False}
+
+
+def test_small_images_are_padded_with_ignore():
+    split = packed([picture(0, 20, 24)])
+    images, labels = batch(split, Augment((64, 64), scale=(1.0, 1.0), colour=0), size=2)
+    assert ((labels != 255).sum((1, 2)) == 20 * 24).all()
+    assert not images.permute(0, 2, 3, 1)[labels == 255].any()
+
+
+def test_quarter_labels_lie_on_the_logits():
+    """fit, label_stride 4: a shift of the image by t pixels moves its small label by t / 4."""
+    row, col = np.mgrid[:15, :15].repeat(4, 1).repeat(4, 2)  # cells of 4 x 4 pixels
+    image = np.stack([10 * row, 10 * col, row], 2).astype(np.uint8)
+    split = packed([(image, (15 * row + col).astype(np.uint8))])
+    how = Augment((60, 60), flip=False, colour=0, fit=True, label_stride=4)
+    worst = 0
+    for step in range(20):
+        images, labels = batch(split, how, size=1, step=step)
+        assert labels.shape == (1, 15, 15)
+        known = labels[0] != 255
+        where = torch.nn.functional.avg_pool2d(images * 255, 4)[0]  # 10 times the place of a cell
+        for channel, place in ((0, labels[0] // 15), (1, labels[0] % 15)):
+            off = (where[channel] - 10.0 * place)[1:-1, 1:-1][known[1:-1, 1:-1]].abs()
+            worst = max(worst, off.max().item())
+    assert worst == pytest.approx(5, abs=0.1)  # half a cell, at a shift of half a cell; never more
+
+
+def test_colour_matrix():
+    assert np.allclose(augment.colour_matrix(np.random.default_rng(0), 0), np.eye(3, 4))
+    grey = np.array([0.5, 0.5, 0.5, 1.0])
+    for seed in range(20):
+        out = augment.colour_matrix(np.random.default_rng(seed), 1.0) @ grey
+        assert np.ptp(out) < 1e-6 and abs(out[0] - 0.5) <= 0.125 + 1e-6  # hue turns about grey
+
+
+def test_batches_are_the_same_for_any_number_of_processes_and_parts():
+    split = packed([picture(i, 40, 60) for i in range(5)])
+    how = Augment((32, 48))
+    whole = batch(split, how, size=8, step=3)
+    ranks = [batch(split, how, size=8, step=3, rank=r, world=2) for r in range(2)]
+    parts = [batch(split, how, size=4, step=s) for s in (6, 7)]
+    for pieces in (ranks, parts):
+        assert torch.allclose(torch.cat([p[0] for p in pieces]), whole[0], atol=1e-5)
+        assert torch.equal(torch.cat([p[1] for p in pieces]), whole[1])
+    assert not torch.equal(batch(split, how, size=8, step=4)[1], whole[1])
+    assert not torch.equal(batch(split, how, size=8, step=3, seed=1)[1], whole[1])
+
+
+def test_every_epoch_sees_every_image_once_in_a_new_order():
+    stream = [i for step in range(9) for i in sample_indices(step, 4, 12, seed=0)]
+    epochs = [stream[k : k + 12] for k in (0, 12, 24)]
+    assert all(sorted(e) == list(range(12)) for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert sample_indices(0, 4, 12, seed=1) != epochs[0][:4]
+    assert len(sample_indices(0, 30, 12, seed=0)) == 30  # a batch larger than the data

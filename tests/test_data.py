@@ -1,0 +1,273 @@
+"""Layouts, the label table, the cache, the doctor."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import picture, write_folder
+from PIL import Image
+
+import data
+import scenes
+from model import UserError
+
+
+def write_camvid(root, n=3):
+    for split in ("train", "val"):
+        for kind in (split, f"{split}annot"):
+            (root / kind).mkdir(parents=True)
+        for i in range(n):
+            image, label = picture(i, classes=11)
+            label[:, -2:] = 11
+            Image.fromarray(image).save(root / split / f"0001TP_{i}.jpg", quality=95)
+            Image.fromarray(label).save(root / f"{split}annot" / f"0001TP_{i}.png")
+    return root
+
+
+# ------------------------------------------------------------------------------------------------
+# layouts and labels
+
+
+def test_folder(folder):
+    dataset = data.open_dataset("folder", folder)
+    assert dataset.classes == ("thing 0", "thing 1", "thing 2")
+    assert {k: len(v) for k, v in dataset.pairs.items()} == {"train": 6, "val": 3}
+    image, label = data.read_pair(dataset.pairs["train"][2], dataset.table)
+    want_image, want_label = picture(2)
+    assert np.array_equal(image, want_image) and np.array_equal(label[:, 1:], want_label[:, 1:])
+    assert (label[:, 0] == 255).all()
+
+
+def test_classes_txt_with_colours(folder):
+    (folder / "classes.txt").write_text("traffic light 1 2 3\nroad\nlane 2, 9, 8, 7\n")
+    dataset = data.open_dataset("folder", folder)
+    assert dataset.classes == ("traffic light", "road", "lane 2")
+    assert dataset.palette[0] == (1, 2, 3) and dataset.palette[2] == (9, 8, 7)
+
+
+def test_classes_are_counted_without_classes_txt(folder):
+    (folder / "classes.txt").unlink()
+    assert data.open_dataset("folder", folder).classes == ("class 0", "class 1", "class 2")
+
+
+def test_camvid_void_is_ignored(tmp_path):
+    dataset = data.open_dataset("camvid", write_camvid(tmp_path / "camvid"))
+    assert len(dataset.classes) == 11 and dataset.classes[10] == "bicyclist"
+    _, label = data.read_pair(dataset.pairs["val"][0], dataset.table)
+    assert (label[:, -2:] == 255).all() and set(np.unique(label)) <= {*range(11), 255}
+
+
+def test_nyuv2_has_40_classes_and_void_is_not_the_first(tmp_path):
+    root = write_folder(tmp_path / "nyu", classes=40)
+    (root / "classes.txt").unlink()
+    dataset = data.open_dataset("nyuv2", root)
+    assert len(dataset.classes) == 40 and dataset.classes[19] == "floor mat"
+    _, label = data.read_pair(dataset.pairs["train"][0], dataset.table)
+    assert (label[:, 0] == 255).all()
+
+
+def test_palette_images_are_read_as_indices(folder):
+    path = folder / "labels" / "p0.png"
+    label = np.asarray(Image.open(path))
+    p = Image.fromarray(label).convert("P")
+    p.putpalette([7, 7, 7, 200, 100, 0] * 128)
+    p.putdata(label.ravel().tolist())
+    p.save(path)
+    assert np.array_equal(data.read_label(path), label)
+
+
+def test_colours_are_distinct_and_voc():
+    colours = data.colours(255)
+    assert len(set(colours)) == 255 and colours[0] == (128, 0, 0) and colours[2] == (128, 128, 0)
+
+
+def test_exif_orientation_is_respected(folder):
+    image, _ = picture(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.fromarray(np.rot90(image, 1))  # stored on its side
+    turned.save(folder / "images" / "p0.png", exif=exif)
+    assert np.array_equal(data.read_image(folder / "images" / "p0.png"), image)
+
+
+def test_scenes_are_deterministic_and_cover_their_classes():
+    a, b = scenes.draw(5), scenes.draw(5)
+    assert np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1])
+    assert not np.array_equal(a[1], scenes.draw(6)[1])
+    found = np.unique(np.concatenate([scenes.draw(i)[1].ravel() for i in range(60)]))
+    assert found.tolist() == [*range(11), 255]
+    dataset = data.open_dataset("scenes")
+    assert not set(dataset.pairs["train"]) & set(dataset.pairs["val"])
+
+
+def test_exported_scenes_are_a_folder(tmp_path, capsys):
+    data.export_scenes(SimpleNamespace(out_dir=str(tmp_path / "s"), count=3))
+    dataset = data.open_dataset("folder", tmp_path / "s")
+    assert dataset.classes == tuple(name for name, _ in scenes.CLASSES)
+    image, label = data.read_pair(dataset.pairs["val"][1], dataset.table)
+    want = scenes.draw(int(dataset.pairs["val"][1][0]))
+    assert np.array_equal(image, want[0]) and np.array_equal(label, want[1])
+
+
+# ------------------------------------------------------------------------------------------------
+# the cache
+
+
+def contents(split):
+    return [(split.image(i).tobytes(), split.label(i).tobytes()) for i in range(len(split))]
+
+
+def test_cache_holds_what_the_files_hold(folder, tmp_path):
+    image, label = picture(77, 37, 91)  # sizes may differ
+    Image.fromarray(image).save(folder / "images" / "p1.png")
+    Image.fromarray(label).save(folder / "labels" / "p1.png")
+    dataset = data.open_dataset("folder", folder)
+    cached = data.open_split(dataset, "train", folder)
+    assert isinstance(cached, data.Packed) and list((folder / ".cache").iterdir())
+    files = data.open_split(dataset, "train", folder, cache="off")
+    assert isinstance(files, data.Files) and contents(cached) == contents(files)
+    elsewhere = data.open_split(dataset, "train", folder, cache_dir=tmp_path / "c")
+    assert contents(elsewhere) == contents(files) and list((tmp_path / "c").iterdir())
+
+
+def test_cache_is_built_once_and_anew_when_a_file_changes(folder, monkeypatch):
+    dataset = data.open_dataset("folder", folder)
+    first = data.open_split(dataset, "train", folder)
+    monkeypatch.setattr(data, "decode", None)  # to build again would fail
+    data.open_split(dataset, "train", folder)
+    monkeypatch.undo()
+    image, label = picture(99)
+    Image.fromarray(image).save(folder / "images" / "p3.png")
+    Image.fromarray(label).save(folder / "labels" / "p3.png")
+    again = data.open_split(data.open_dataset("folder", folder), "train", folder)
+    assert np.array_equal(again.image(3), image) and not np.array_equal(first.image(3), image)
+
+
+def test_cache_too_large_is_not_built(folder, capsys):
+    dataset = data.open_dataset("folder", folder)
+    split = data.open_split(dataset, "train", folder, cache_gb=1e-6)
+    assert isinstance(split, data.Files)
+    assert "no cache, the files are read by worker processes" in capsys.readouterr().out
+
+
+def test_read_only_data_is_cached_in_the_home(folder, tmp_path, monkeypatch):
+    (folder / ".cache").write_text("a file: no folder can be made here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    split = data.open_split(data.open_dataset("folder", folder), "val", folder)
+    assert isinstance(split, data.Packed) and list((tmp_path / "home/.cache").rglob("images.bin"))
+    with pytest.raises(UserError, match="--cache off"):
+        data.cache_folder(folder, folder / ".cache")
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {root!r})
+import data
+read = data.read_pair
+def slow(*a):
+    time.sleep(0.2)
+    return read(*a)
+data.read_pair = slow
+print("building", flush=True)
+data.open_split(data.open_dataset("folder", {folder!r}), "train", {folder!r})
+"""
+
+
+def test_kill_during_the_build_leaves_nothing_half_done(tmp_path):
+    folder = write_folder(tmp_path / "data", train=70)
+    root = str(Path(data.__file__).parent)
+    code = KILLED.format(root=root, folder=str(folder))
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    cache = folder / ".cache"
+    while not list(cache.glob("*.tmp*/images.bin")) and child.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    (half,) = cache.iterdir()
+    assert ".tmp" in half.name
+    dataset = data.open_dataset("folder", folder)
+    cached = data.open_split(dataset, "train", folder)
+    assert contents(cached) == contents(data.open_split(dataset, "train", folder, cache="off"))
+    os.utime(half, (0, 0))  # once nobody has worked on it for a while, it is cleared away
+    built = cache / half.name.split(".tmp")[0]
+    shutil.rmtree(built)
+    data.open_split(dataset, "train", folder)
+    assert built.exists() and not half.exists()
+
+
+def test_failed_build_cleans_up(folder):
+    (folder / "images" / "p4.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"p4.png: cannot be read as an image"):
+        data.open_split(data.open_dataset("folder", folder), "train", folder)
+    assert not list((folder / ".cache").iterdir())
+
+
+def test_no_space_left(folder, monkeypatch):
+    def full(*a):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.np, "save", full)
+    with pytest.raises(UserError, match="cannot build the cache .No space left"):
+        data.open_split(data.open_dataset("folder", folder), "train", folder)
+    assert not list((folder / ".cache").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------
+# the doctor
+
+
+def check(folder, capsys, name="folder"):
+    problem = None
+    try:
+        data.check(SimpleNamespace(dataset=name, data_dir=str(folder)))
+    except UserError as e:
+        problem = str(e)
+    return capsys.readouterr().out, problem
+
+
+def relabel(folder, change):
+    for path in (folder / "labels").iterdir():
+        Image.fromarray(change(np.asarray(Image.open(path)).copy())).save(path)
+
+
+def test_doctor_of_a_healthy_folder(folder, capsys):
+    out, problem = check(folder, capsys)
+    assert problem is None and "no problem found" in out
+    assert "train: 6 images, 1 size(s): 48x40" in out
+    (share,) = [line for line in out.splitlines() if "(ignored)" in line][:1]
+    assert f"{100 / 48:.2f} %" in share and f"{6 * 40} px" in share
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda y: np.where(y == 255, 255, y + 1).astype(np.uint8), "shifted by one"),
+        (lambda y: np.where(y == 255, 0, y + 1).astype(np.uint8), "is 0 void"),
+        (lambda y: (np.arange(y.size).reshape(y.shape) % 251).astype(np.uint8), "interpolation"),
+        (lambda y: np.full_like(y, 255), "nothing can be learnt"),
+        (lambda y: y.astype(np.uint16) + 300, "values up to"),
+        (lambda y: np.stack([y] * 3, 2), "one channel of class ids"),
+        (lambda y: y[:-1], "48x39, but its image"),
+        (lambda y: y.T.copy(), "rotated"),
+    ],
+)
+def test_doctor_names_the_likely_mistake(folder, capsys, change, words):
+    relabel(folder, change)
+    out, problem = check(folder, capsys)
+    assert words in out and problem and "problem(s)" in problem
+
+
+def test_doctor_knows_raw_cityscapes_ids(tmp_path, capsys):
+    folder = write_folder(tmp_path / "data", classes=19)
+    relabel(folder, lambda y: np.where(y == 255, 0, y + 8).astype(np.uint8))
+    out, problem = check(folder, capsys)
+    assert "raw Cityscapes ids" in out and problem

@@ -1,0 +1,259 @@
+"""Metrics against brute force; views of an image that must not change what is in it."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import data
+import eval as evaluation
+import model
+from augment import IMAGENET_MEAN, IMAGENET_STD
+
+FACTS = dict(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD), resize=None, short_side=64)
+
+
+def brute_force(pairs, K):
+    """mIoU, pixel accuracy and IoU by class, with Python sets of pixels."""
+    iou = []
+    for k in range(K):
+        union = inter = 0
+        for p, y in pairs:
+            keep = y != 255
+            a = {tuple(v) for v in np.argwhere((p == k) & keep)}
+            b = {tuple(v) for v in np.argwhere((y == k) & keep)}
+            inter, union = inter + len(a & b), union + len(a | b)
+        iou.append(inter / union if union else None)
+    hits = sum(((p == y) & (y != 255)).sum() for p, y in pairs)
+    total = sum((y != 255).sum() for _, y in pairs)
+    present = [v for v in iou if v is not None]
+    miou = sum(present) / len(present) if present else None
+    return miou, hits / total if total else None, iou
+
+
+def random_pairs(K=6, n=3):
+    """Class 3 is in labels only, class 4 in predictions only, class 5 in neither."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for _ in range(n):
+        y, p = rng.integers(0, 4, (2, 9, 11))
+        p[p == 3], y[rng.random(y.shape) < 0.2] = 4, 255
+        pairs.append((p, y))
+    return pairs
+
+
+def score(pairs, K):
+    matrix, edges = torch.zeros(K, K, dtype=torch.int64), torch.zeros(2, K, dtype=torch.int64)
+    for p, y in pairs:
+        p, y = torch.from_numpy(p)[None], torch.from_numpy(y)[None]
+        matrix += evaluation.confusion(p, y, K)
+        edges += evaluation.boundary_counts(p, y, K)
+    return evaluation.scores(matrix, edges)
+
+
+def test_scores_against_brute_force():
+    pairs = random_pairs()
+    got, (miou, acc, iou) = score(pairs, 6), brute_force(pairs, 6)
+    assert got["miou"] == pytest.approx(miou) and got["pixel_acc"] == pytest.approx(acc)
+    assert got["iou"] == pytest.approx(iou)
+    assert got["iou"][3] == got["iou"][4] == 0 and got["iou"][5] is None
+
+
+def test_all_ignored():
+    blank = np.full((4, 4), 255)
+    got = score([(np.zeros_like(blank), blank)], 3)
+    assert got["miou"] is None and got["pixel_acc"] is None and got["iou"] == [None] * 3
+    json.dumps(got)
+    pairs = [*random_pairs(), (np.zeros_like(blank), blank)]
+    assert score(pairs, 6)["miou"] == score(random_pairs(), 6)["miou"]
+
+
+def test_confusion_is_int64_and_exact_where_float32_is_not():
+    matrix = evaluation.confusion(torch.zeros(10), torch.zeros(10, dtype=torch.uint8), 2)
+    assert matrix.dtype == torch.int64
+    total = matrix * (2**24 + 1)
+    assert total[0, 0].item() == 10 * (2**24 + 1)
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_boundary_against_erosion(d):
+    """The mask of each class minus its erosion by a (2d + 1) square, pixel by pixel."""
+    y = torch.from_numpy(np.kron(np.random.default_rng(d).integers(0, 3, (3, 4)), np.ones((7, 6))))
+    h, w = y.shape
+    want = torch.zeros(h, w, dtype=torch.bool)
+    for r in range(h):
+        for c in range(w):
+            inside = d <= r < h - d and d <= c < w - d
+            window = y[max(0, r - d) : r + d + 1, max(0, c - d) : c + d + 1]
+            want[r, c] = not (inside and (window == y[r, c]).all())
+    assert torch.equal(evaluation.boundary(y[None], d)[0], want)
+
+
+def test_boundary_iou_sees_what_iou_does_not():
+    y = np.zeros((100, 100), int)
+    y[20:80, 20:80] = 1
+    p = np.zeros_like(y)
+    p[22:78, 22:78] = 1  # right but for a rim
+    got = score([(p, y)], 2)
+    assert got["iou"][1] > 0.85 and got["boundary_iou_by_class"][1] < 0.5
+    assert score([(y, y)], 2)["boundary_iou"] == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# inference
+
+
+class Brightness(torch.nn.Module):
+    """Class 1 where the image's first channel is positive: a net whose answer is known."""
+
+    num_classes = 2
+
+    def forward(self, x, head=True):
+        x = torch.nn.functional.avg_pool2d(x[:, :1], 4, ceil_mode=True)
+        return model.Output(torch.cat([-x, x], 1), (), ())
+
+
+def halves(height=64, width=96):
+    image = np.zeros((height, width, 3), np.uint8)
+    image[:, width // 2 :] = 255
+    label = (image[:, :, 0] > 0).astype(np.uint8)
+    return image, label
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        {},
+        dict(flip=True),
+        dict(scales=(0.5, 1.0, 1.5), flip=True),
+        dict(window=48, stride=32),
+        dict(window=32, stride=20, flip=True),
+        dict(window=512, stride=100),
+    ],
+)
+def test_views_agree_on_an_easy_image(views):
+    image, label = halves()
+    x = evaluation.prepare(image, FACTS)
+    got = evaluation.predict(Brightness(), x, label.shape, **views)
+    assert got.shape == (1, 2, 64, 96)
+    assert (got.argmax(1)[0].numpy() == label).mean() > 0.97
+
+
+def test_views_are_means():
+    net = model.build("nano", 3).eval()
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        one = net(x).logits
+        two = net(x.flip(3)).logits.flip(3)
+        got = evaluation.predict(net, x, (64, 96), flip=True)
+        up = [model.resize(v, (64, 96)).softmax(1) for v in (one, two)]
+        assert torch.allclose(got, (up[0] + up[1]) / 2, atol=1e-6)
+        whole = evaluation.predict(net, x, (64, 96), window=96, stride=96)
+        assert torch.allclose(whole, model.resize(one, (64, 96)), atol=1e-5)
+        a, b = (model.resize(net(x[..., s]).logits, (64, 64)) for s in (slice(64), slice(32, 96)))
+        slid = evaluation.predict(net, x, (64, 96), window=64, stride=32)
+        assert torch.allclose(slid[..., :32], a[..., :32], atol=1e-5)
+        assert torch.allclose(slid[..., 32:64], (a[..., 32:] + b[..., :32]) / 2, atol=1e-5)
+
+
+class Pairs(list):
+    def image(self, i):
+        return self[i][0]
+
+    def label(self, i):
+        return self[i][1]
+
+
+def test_evaluate_scores_each_image_once_whatever_its_size():
+    pairs = Pairs([halves(), halves(40, 60), halves(40, 60), halves(33, 97)])
+    facts = FACTS | dict(classes=["dark", "bright"])
+    got = evaluation.evaluate(Brightness(), pairs, facts, batch_size=2)
+    assert got["images"] == 4 and got["miou"] > 0.9 and got["classes"] == ["dark", "bright"]
+    assert got == evaluation.evaluate(Brightness(), pairs, facts, batch_size=1)
+
+
+def test_paper_protocol_scores_a_quarter_of_a_shorter_side_of_512():
+    image, label = halves(100, 160)
+    sizes = []
+
+    class Net(Brightness):
+        def forward(self, x, head=True):
+            sizes.append(tuple(x.shape[2:]))
+            return super().forward(x)
+
+    facts = FACTS | dict(classes=["a", "b"])
+    got = evaluation.evaluate(Net(), Pairs([(image, label)]), facts, protocol="paper")
+    assert sizes == [(512, 819)] and got["miou"] > 0.98
+    assert evaluation.nearest(label, (128, 205)).shape == (128, 205)
+    assert set(np.unique(evaluation.nearest(label, (128, 205)))) == {0, 1}
+
+
+# ------------------------------------------------------------------------------------------------
+# the command
+
+
+@pytest.fixture
+def ckpt(tmp_path):
+    torch.manual_seed(0)
+    facts = FACTS | dict(dataset="folder", classes=["thing 0", "thing 1", "thing 2"])
+    facts |= dict(palette=[[255, 0, 0], [0, 255, 0], [0, 0, 255]])
+    model.save(tmp_path / "student.pt", model.build("nano", 3), **facts)
+    return str(tmp_path / "student.pt")
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+    evaluation.main(evaluation.get_args())
+
+
+def test_json_is_one_object_and_nothing_else(monkeypatch, capsys, folder, ckpt):
+    run(monkeypatch, "--ckpt", ckpt, "--data-dir", folder, "--json")
+    out = json.loads(capsys.readouterr().out)
+    assert {"miou", "pixel_acc", "iou", "classes", "images"} <= set(out)
+    assert out["images"] == 3 and len(out["iou"]) == 3
+    run(monkeypatch, "--ckpt", ckpt, "--data-dir", folder, "--split", "train", "--cache", "off")
+    assert "6 images" in capsys.readouterr().out
+
+
+def test_photos(monkeypatch, tmp_path, ckpt):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    image = Image.new("RGB", (90, 50), "white")
+    ImageDraw.Draw(image).rectangle((0, 0, 30, 50), fill="red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright: to be turned by 90 degrees
+    image.save(photos / "a.jpg", exif=exif)
+    image.save(photos / "b.png")
+    image.convert("L").save(photos / "b.jpg")
+    run(monkeypatch, "--ckpt", ckpt, "--image", photos, "--out-dir", out)
+    names = {"a", "b.png", "b.jpg"}
+    assert {p.name for p in out.iterdir()} == {
+        f"{n}_{kind}.png" for n in names for kind in ("mask", "overlay", "ids")
+    }
+    assert Image.open(out / "a_ids.png").size == (50, 90)
+    ids, mask = np.asarray(Image.open(out / "b.png_ids.png")), Image.open(out / "b.png_mask.png")
+    assert ids.shape == (50, 90) and ids.max() < 3
+    palette = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
+    assert np.array_equal(np.asarray(mask), palette[ids])
+    assert Image.open(out / "b.png_overlay.png").size == (90, 50)
+
+
+def test_scenes_can_be_scored_and_labelled_by_a_perfect_net():
+    """The whole path on real pictures: a 'net' that is told the answer scores 1."""
+    pairs = Pairs(data.read_pair(i, None) for i in (1_000_000, 1_000_001))
+    answers = iter(label for _, label in pairs)
+
+    class Oracle(torch.nn.Module):
+        num_classes = 11
+
+        def forward(self, x, head=True):
+            y = torch.from_numpy(next(answers).astype(np.int64)).clamp(max=10)[None]
+            logits = torch.nn.functional.one_hot(y, 11).permute(0, 3, 1, 2).float()
+            return model.Output(logits, (), ())
+
+    facts = FACTS | dict(classes=["x"] * 11)
+    got = evaluation.evaluate(Oracle(), pairs, facts, batch_size=1)
+    assert got["miou"] == got["pixel_acc"] == got["boundary_iou"] == 1

@@ -1,0 +1,57 @@
+"""Costs against the papers' and against counts by hand."""
+
+import json
+import sys
+
+import pytest
+
+import flops
+import model
+
+# GMACs at 512x1024 with 20 classes, convolutions and linears; TransKD's published GFLOPs for the
+# same (13.67, 113.84; in training 16.47, 16.80, 17.84) also count norms, and are within 1 %
+GMACS = dict(b0=(13.60, 4.16), b2=(113.62, 15.57))
+WRAPPED = {"transkd-base": 16.38, "transkd-gl": 16.72, "transkd-ea": 17.75}
+
+
+def run(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["flops.py", *words, "--json"])
+    flops.main(flops.get_args())
+    return json.loads(capsys.readouterr().out)
+
+
+def test_contract(monkeypatch, capsys):
+    words = "--model b0 b2 --num-classes 20 --size 512x1024".split()
+    b0, b2 = run(monkeypatch, capsys, *words)
+    assert (b0["name"], b0["params"]) == ("b0", 3719284)
+    assert (b2["name"], b2["params"]) == ("b2", 27362004)
+    for row in (b0, b2):
+        assert (row["gmacs"], row["attention_gmacs"]) == pytest.approx(
+            GMACS[row["name"]], abs=0.006
+        )
+        assert row["executed_gmacs"] < 0.4 * row["gmacs"] and "latency_ms" not in row
+
+
+@pytest.mark.parametrize("method", WRAPPED)
+def test_training_wrapper(monkeypatch, capsys, method):
+    words = f"--model b0 --num-classes 20 --method {method} --csf-norm batch".split()
+    _, row = run(monkeypatch, capsys, *words)
+    assert row["gmacs"] == pytest.approx(WRAPPED[method], abs=0.006)
+    assert "training only" in row["name"]
+
+
+def test_head_by_hand():
+    """What the merged head saves: three 1x1 convs of D to D at stride 4, and more."""
+    D, n = 64, [24 * 40, 12 * 20, 6 * 10, 3 * 5]
+    dims = model.MODELS["nano"][0]
+    written = sum(c * D * k for c, k in zip(dims, n)) + 4 * D * D * n[0]
+    merged = sum(c * D * k for c, k in zip(dims, n))
+    products = sum(D * D * (c + 1) for c in dims)  # of the matrices, and of matrix and bias
+    row = flops.measure_named("nano", 3, (96, 160))
+    saved = (row["gmacs"] - row["executed_gmacs"]) * 1e9
+    assert saved == pytest.approx(written - merged - products, rel=0.01)
+
+
+def test_latency(monkeypatch, capsys):
+    (row,) = run(monkeypatch, capsys, "--model", "nano", "--size", "64x64", "--latency")
+    assert 0 < row["latency_ms"] < 1e4

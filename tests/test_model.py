@@ -1,0 +1,209 @@
+"""The networks: sizes, shapes, an independent implementation's numbers, files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import model
+
+GOLDEN = json.loads((Path(__file__).parent / "golden_segformer.json").read_text())
+PARAMS = dict(b0=3719284, b1=13682388, b2=27362004, b3=47237844, b4=64008404, b5=84608724)
+
+
+def fill(net):
+    """Weights from a formula that needs no random generator: the same in any framework."""
+    with torch.no_grad():
+        for name, t in sorted(net.state_dict().items()):
+            if not t.is_floating_point():
+                continue
+            n = torch.arange(t.numel(), dtype=torch.float64)
+            wave = torch.sin(n * 0.7 + len(name)).view(t.shape)
+            fan_in = max(1, t[0].numel()) if t.ndim > 1 else 1
+            scale, shift = (1.5 / fan_in**0.5, 0) if t.ndim > 1 else (0.1, 0)
+            if "norm" in name and name.endswith("weight") or name.endswith("running_var"):
+                shift = 1
+            t.copy_(wave * scale + shift)
+    return net
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_parameter_counts(name):
+    with torch.device("meta"):
+        assert model.count_parameters(model.build(name, 20)) == PARAMS[name]
+
+
+@pytest.mark.parametrize("name", ["nano", "b0", "b1"])
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 96), (97, 131)])
+def test_shapes(name, size):
+    net = model.build(name, 7).eval()
+    with torch.no_grad():
+        out = net(torch.randn(2, 3, *size))
+    h, w = size
+    assert out.logits.shape == (2, 7, -(-h // 4), -(-w // 4))
+    for i, (f, e) in enumerate(zip(out.features, out.embeddings)):
+        h, w = (-(-n // (4 if i == 0 else 2)) for n in (h, w))
+        assert f.shape == (2, net.channels[i], h, w)
+        assert e.shape == (2, h * w, net.channels[i])
+
+
+@pytest.mark.parametrize("name", list(GOLDEN))
+def test_equals_the_independent_implementation(name):
+    """Logits and last feature map of Hugging Face's SegFormer with the same weights."""
+    golden = GOLDEN[name]
+    net = fill(model.build(name, 5)).eval()
+    image = torch.sin(torch.arange(3 * 64 * 96, dtype=torch.float64) * 0.01).float()
+    with torch.no_grad():
+        out = net(image.view(1, 3, 64, 96))
+    for got, want in ((out.logits, golden["logits"]), (out.features[3], golden["feature"])):
+        got = got.flatten()[:: max(1, got.numel() // 40)][:40]
+        assert torch.allclose(got, torch.tensor(want), atol=2e-5, rtol=2e-5)
+        assert got.std() > 1e-3  # a constant would agree with anything
+
+
+def test_merged_head_is_the_head_as_written():
+    net = model.build("b0", 5).double().eval()
+    features = net(torch.randn(2, 3, 65, 97, dtype=torch.float64)).features
+    a, b = net.head.fuse_merged(features), net.head.fuse_as_written(features)
+    assert torch.allclose(a, b, atol=1e-12)
+    assert not torch.allclose(a, net.head.fuse_merged([f.flip(1) for f in features]), atol=1e-3)
+
+
+def test_head_can_be_skipped():
+    net = model.build("nano", 5).eval()
+    net.head.forward = None  # calling it would raise
+    out = net(torch.randn(1, 3, 64, 64), head=False)
+    assert out.logits is None and len(out.features) == len(out.embeddings) == 4
+
+
+def test_attention_is_softmax_attention():
+    """Against eq. 1-2 written out with a loop over the heads."""
+    attention = model.Attention(16, heads=2, sr_ratio=2).double()
+    x = torch.randn(3, 8 * 6, 16, dtype=torch.float64)
+    small = attention.sr(x.transpose(1, 2).reshape(3, 16, 8, 6)).flatten(2).transpose(1, 2)
+    small = nn.functional.layer_norm(
+        small, (16,), attention.norm.weight, attention.norm.bias, eps=1e-5
+    )
+    q, kv = attention.q(x), attention.kv(small)
+    k, v = kv[..., :16], kv[..., 16:]
+    heads = []
+    for at in (slice(0, 8), slice(8, 16)):
+        weights = (q[..., at] @ k[..., at].transpose(1, 2) / 8**0.5).softmax(dim=-1)
+        heads.append(weights @ v[..., at])
+    want = attention.proj(torch.cat(heads, dim=-1))
+    assert torch.allclose(attention(x, 8, 6), want, atol=1e-12)
+
+
+def test_norm_eps_of_the_original():
+    net = model.build("b0", 5)
+    block = net.encoder.stages[0].blocks[0]
+    assert block.norm1.eps == block.norm2.eps == net.encoder.stages[0].norm.eps == 1e-6
+    assert net.encoder.stages[0].patch_embed.norm.eps == block.attn.norm.eps == 1e-5
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    net = model.build("b1", 5)
+    linear = net.encoder.stages[3].blocks[0].mlp.fc1
+    assert abs(linear.weight.std().item() - 0.02) < 5e-4 and not linear.bias.any()
+    conv = net.encoder.stages[3].patch_embed.proj  # fan out: 3 * 3 * 512
+    assert abs(conv.weight.std().item() - (2 / (9 * 512)) ** 0.5) < 2e-4 and not conv.bias.any()
+    depthwise = net.encoder.stages[3].blocks[0].mlp.dwconv  # fan out: 9, for it has as many groups
+    assert abs(depthwise.weight.std().item() - (2 / 9) ** 0.5) < 2e-2
+
+
+def test_drop_path_rates_rise_from_zero():
+    net = model.build("b0", 5, drop_path=0.1)
+    rates = [block.drop_path.p for stage in net.encoder.stages for block in stage.blocks]
+    assert rates == pytest.approx(np.linspace(0, 0.1, 8).tolist())
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_drop_keeps_the_mean_and_drops_whole_slices(dims):
+    drop = model.Drop(0.25, dims)
+    x = torch.ones(2000, 3, 4, 2)
+    torch.manual_seed(0)
+    y = drop(x)
+    slices = y.flatten(dims)
+    assert (slices == slices[..., :1]).all()
+    assert y.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert y.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_drop_of_a_shard_is_a_row_of_the_whole():
+    drop, x = model.Drop(0.5, 1), torch.randn(8, 5)
+    torch.manual_seed(3)
+    whole = drop(x)
+    parts = []
+    for rank in range(2):
+        drop.shard = (rank, 2)
+        torch.manual_seed(3)
+        parts.append(drop(x[4 * rank : 4 * rank + 4]))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_maps_and_tokens_are_views():
+    x = torch.randn(2, 6 * 4, 8)
+    m = model.to_map(x, 6, 4)
+    assert m.data_ptr() == x.data_ptr() and m.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(m[1, 3, 2, 1], x[1, 2 * 4 + 1, 3])
+    assert torch.equal(model.to_tokens(m), x) and model.to_tokens(m).is_contiguous()
+
+
+def test_compiles_and_exports():
+    net = model.build("nano", 5).eval()
+    x = torch.randn(1, 3, 64, 64)
+    want = net(x).logits
+    assert torch.allclose(torch.export.export(net, (x,)).module()(x).logits, want, atol=1e-5)
+    graph = torch.compile(net, backend="eager", fullgraph=True)  # no graph breaks
+    assert torch.allclose(graph(x).logits, want, atol=1e-5)
+
+
+def test_save_and_load(tmp_path):
+    net = model.build("nano", 5).eval()
+    model.save(tmp_path / "a.pt", net, classes=["x"] * 5)
+    again, facts = model.load(tmp_path / "a.pt")
+    x = torch.randn(1, 3, 40, 40)
+    assert torch.equal(again(x).logits, net(x).logits)
+    assert facts["classes"] == ["x"] * 5 and facts["model"] == "nano"
+
+
+def test_load_weights_says_what_it_did(tmp_path, capsys):
+    source = model.build("nano", 5)
+    model.save(tmp_path / "a.pt", source)
+    net = model.build("nano", 9)
+    head = net.head.classifier.weight.clone()
+    model.load_weights(net, tmp_path / "a.pt")
+    said = capsys.readouterr().out
+    n = len(net.state_dict())
+    assert f"loaded {n - 2} of {n} tensors" in said and "head.classifier.weight" in said
+    assert torch.equal(net.head.classifier.weight, head)
+    assert torch.equal(net.head.fuse.weight, source.head.fuse.weight)
+    torch.save({"other": torch.zeros(3)}, tmp_path / "b.pt")
+    with pytest.raises(model.UserError, match="none of its 1 tensors fits"):
+        model.load_weights(net, tmp_path / "b.pt")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code in a checkpoint was run')",))
+
+
+def test_no_code_in_a_file_is_run(tmp_path):
+    torch.save({"state_dict": Bomb()}, tmp_path / "evil.pt")
+    with pytest.raises(model.UserError, match="not a checkpoint of tensors"):
+        model.load(tmp_path / "evil.pt")
+
+
+def test_failed_save_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.pt"
+    model.save_tensors(path, {"x": torch.ones(3)})
+    with pytest.raises(ZeroDivisionError), model.atomic(path) as tmp:
+        Path(tmp).write_text("half of it")
+        raise ZeroDivisionError
+    assert torch.equal(model.load_tensors(path)["x"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]

@@ -1,0 +1,464 @@
+"""The loop: schedule, resume, processes, signals, files, and words for a user's mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_folder
+from PIL import Image
+
+import data
+import eval as evaluation
+import model
+import train
+from model import UserError
+
+ROOT = Path(train.__file__).parent
+SMALL = "--student nano --teacher nano --crop-size 32 --batch-size 4 --max-iters 6".split()
+
+
+def words(folder, out, *more):
+    return ["--dataset", "folder", "--data-dir", str(folder), "--out-dir", str(out), *SMALL, *more]
+
+
+def run(folder, out, *more):
+    train.main(train.get_args(words(folder, out, *more)))
+    return json.loads((Path(out) / "metrics.json").read_text())
+
+
+def weights(out, name="student.pt"):
+    return torch.load(Path(out) / name, weights_only=True)["state_dict"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def command(*argv, processes=1, **kw):
+    """The script as a user starts it."""
+    python = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    if processes > 1:
+        python += ["--master_port", str(29500 + os.getpid() % 1000)]
+    python = python if processes > 1 else [sys.executable]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*python, str(ROOT / "train.py"), *argv], env=env, **pipes, **kw)
+
+
+# ------------------------------------------------------------------------------------------------
+# pieces
+
+
+def test_learning_rate():
+    rates = [train.learning_rate(s, 1.0, 100, warmup=0.1) for s in range(100)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11)
+    assert rates[10] == 1 and rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 90)
+    assert train.learning_rate(0, 1.0, 100) == 1
+    assert all(0 < train.learning_rate(s, 1.0, 1) for s in range(1))
+
+
+def test_learning_rate_of_the_paper():
+    """Once an epoch: 5.996e-5 in the first, 4e-5 in epoch 500, 2e-5, not 0, in epoch 1000."""
+    n = 1488  # steps an epoch of Cityscapes at batch 2
+    for epoch, lr in ((1, 5.996e-5), (500, 4e-5), (1000, 2e-5)):
+        for step in ((epoch - 1) * n, epoch * n - 1):
+            assert train.learning_rate(step, 6e-5, 10**9, paper_epoch=n) == pytest.approx(lr)
+
+
+def test_weight_decay_is_on_matrices_only():
+    net = model.build("nano", 3)
+    decayed, rest = train.parameter_groups(net, 0.01, everything=False)
+    assert decayed["weight_decay"] == 0.01 and rest["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in rest["params"])
+    (everything,) = train.parameter_groups(net, 0.01, everything=True)
+    assert len(everything["params"]) == len(decayed["params"]) + len(rest["params"])
+
+
+def test_class_weights_of_the_paper(folder):
+    """1 / ln(1.10 + p): 10.4 for a class that hardly occurs, 1.4 for one that is all there is."""
+    args = train.get_args(words(folder, folder / "out", "--class-weights", "paper"))
+    train.resolve(args)
+    got = train.class_weights(train.open_run(args))
+    counts = torch.zeros(3)
+    for i in range(6):
+        label = torch.from_numpy(data.read_label(folder / "labels" / f"p{i}.png"))
+        counts += torch.bincount(label[label != 255].long(), minlength=3)
+    assert torch.allclose(got, 1 / torch.log(1.10 + counts / counts.sum()), atol=1e-5)
+
+
+def test_teacher_with_another_normalisation_sees_the_same_pixels(folder):
+    args = train.get_args(words(folder, folder / "out"))
+    train.resolve(args)
+    run_ = train.open_run(args)
+    seen = []
+
+    def teacher(images, head):
+        seen.append(images)
+
+    images = torch.rand(2, 3, 8, 8)
+    facts = dict(mean=[0.0] * 3, std=[1.0] * 3)
+    normalised = train.augment.normalise(images, run_.facts["mean"], run_.facts["std"])
+    train.look((teacher, facts), normalised, run_, False)
+    train.look((teacher, run_.facts), normalised, run_, False)
+    assert torch.allclose(seen[0], images, atol=1e-6) and seen[1] is normalised
+
+
+# ------------------------------------------------------------------------------------------------
+# the whole job
+
+
+def test_the_whole_job(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    metrics = run(folder, out, "--alone")
+    files = {p.name for p in out.iterdir()}
+    assert files == {
+        "teacher.pt",
+        "alone.pt",
+        "student.pt",
+        "last.pt",
+        "log.jsonl",
+        "metrics.json",
+    } | {"samples.png"}
+    assert metrics["miou"] == metrics["student"]["miou"]
+    assert metrics["deployed"]["params"] == model.count_parameters(model.build("nano", 3))
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {r["stage"] for r in log} == {"teacher", "alone", "student"}
+    assert {"ce", "features", "embeddings"} <= set(log[-2])
+    said = capsys.readouterr().out
+    assert "SCRATCH" in said and "student alone (nano)" in said and "eta" in said
+    net, facts = model.load(out / "student.pt")
+    assert not any("csf" in k or "pea" in k for k in net.state_dict())
+    split = data.open_split(data.open_dataset("folder", folder), "val", folder)
+    assert evaluation.evaluate(net, split, facts)["miou"] == pytest.approx(metrics["miou"])
+
+
+def test_a_teacher_that_is_there_is_not_trained(folder, tmp_path):
+    run(folder, tmp_path / "a")
+    ckpt = str(tmp_path / "a" / "teacher.pt")
+    before = Path(ckpt).read_bytes()
+    metrics = run(folder, tmp_path / "b", "--teacher-ckpt", ckpt)
+    assert "teacher" not in metrics and not (tmp_path / "b" / "teacher.pt").exists()
+    assert Path(ckpt).read_bytes() == before
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_distillation_changes_the_student_and_none_needs_no_teacher(folder, tmp_path):
+    run(folder, tmp_path / "a", "--alone")
+    metrics = run(folder, tmp_path / "b", "--method", "none")
+    assert "teacher" not in metrics
+    assert same(weights(tmp_path / "a", "alone.pt"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--method", "transkd-gl"],
+        ["--method", "transkd-ea+kd", "--temperature", "2"],
+        [
+            "--method",
+            "transkd-base",
+            "--feature-loss",
+            "cwd",
+            "--embed",
+            "4",
+            "--csf-norm",
+            "batch",
+        ],
+        ["--ema", "0.9", "--class-weights", "paper"],
+        ["--dtype", "bfloat16"],
+        ["--accumulate", "2", "--clip", "0"],
+        ["--cache", "off", "--workers", "2"],
+        ["--eval-every", "2", "--protocol", "paper"],
+    ],
+)
+def test_options_run(folder, tmp_path, more):
+    metrics = run(folder, tmp_path / "out", *more, "--max-iters", "3")
+    assert 0 <= metrics["miou"] <= 1
+    assert not same(weights(tmp_path / "out"), model.build("nano", 3).state_dict())
+
+
+def test_it_learns(folder, tmp_path):
+    """Pictures whose colours are their labels: after a minute at most, nearly all is right."""
+    more = ["--method", "none", "--max-iters", "150", "--lr", "3e-3", "--batch-size", "6"]
+    metrics = run(folder, tmp_path / "out", *more, "--colour", "0")
+    assert metrics["miou"] > 0.6
+
+
+def test_recipe_paper(folder, tmp_path):
+    small = ["--student", "nano", "--teacher", "nano", "--recipe", "paper"]
+    args = train.get_args(["--dataset", "folder", "--data-dir", str(folder), *small])
+    train.resolve(args)
+    run_ = train.open_run(args)
+    assert (args.batch_size, args.teacher_batch_size, args.lr) == (2, 8, 6e-5)
+    assert (args.max_iters, args.teacher_iters) == (3000, 1000)  # 1000 epochs of 6 images
+    assert args.csf_norm == "batch" and args.class_weights == args.protocol == "paper"
+    assert run_.augment.crop == (512, 614) and run_.augment.fit and run_.augment.label_stride == 4
+    assert run_.facts["std"] == [1.0] * 3 and run_.facts["resize"] == 512
+    metrics = run(folder, tmp_path / "out", "--recipe", "paper", "--max-iters", "1")
+    assert metrics["student"]["protocol"] == "paper"
+    default = train.get_args(words(folder, tmp_path, "--recipe", "paper", "--method", "kd"))
+    train.resolve(default)
+    assert default.csf_norm is None  # not an option of kd
+
+
+def test_accumulation_is_the_batch_in_parts(folder):
+    """Gradients of a batch in two halves sum to the whole's, batch norm and drops apart."""
+    grads = []
+    for accumulate in (1, 2):
+        args = train.get_args(words(folder, folder / "o", "--accumulate", str(accumulate)))
+        train.resolve(args)
+        run_ = train.open_run(args)
+        torch.manual_seed(0)
+        net = model.build("nano", 3, drop_path=0, dropout=0).eval()
+        learner = train.Learner(net, train.METHODS["none"](None, None))
+        batches = train.make_batches(run_, 4, 0, 1)
+        for _ in range(accumulate):
+            terms = train.loss_terms(run_, learner, learner, None, next(batches))
+            (sum(terms.values()) / accumulate).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert (grads[0] - grads[1]).norm() < 0.05 * grads[0].norm()  # the halves' valid pixels differ
+
+
+# ------------------------------------------------------------------------------------------------
+# interrupted, resumed, in several processes
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage, step", [("teacher", 2), ("alone", 4), ("student", 3)])
+def test_resume_to_the_same_bits(folder, tmp_path, monkeypatch, stage, step):
+    more = ["--alone", "--ema", "0.9", "--save-every", "0"]
+    run(folder, tmp_path / "whole", *more)
+    save = train.save_state
+
+    def save_and_die(run_, at=None, done=0, parts=None):
+        save(run_, at, done, parts)
+        if (at, done) == (stage, step):
+            raise Stop
+
+    monkeypatch.setattr(train, "save_state", save_and_die)
+    with pytest.raises(Stop):
+        run(folder, tmp_path / "parts", *more)
+    monkeypatch.undo()
+    run(folder, tmp_path / "parts", *more, "--resume")
+    for name in ("teacher.pt", "alone.pt", "student.pt"):
+        assert same(weights(tmp_path / "whole", name), weights(tmp_path / "parts", name)), name
+    logs = []
+    for out in ("whole", "parts"):
+        lines = (tmp_path / out / "log.jsonl").read_text().splitlines()
+        logs.append([(r["stage"], r["step"], r.get("miou")) for r in map(json.loads, lines)])
+    assert [r for r in logs[0] if r[2] is not None] == [r for r in logs[1] if r[2] is not None]
+
+
+def test_sigterm_saves_and_resume_goes_on(folder, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ["--method", "none", "--max-iters", "40", "--log-every", "0"]
+    child = command(*words(folder, parts, *more))
+    for line in child.stdout:
+        if "5/40" in line:
+            break
+    child.send_signal(signal.SIGTERM)
+    said, errors = child.communicate()
+    assert child.returncode == 128 + signal.SIGTERM and "--resume" in said and not errors
+    assert (parts / "last.pt").exists() and not (parts / "student.pt").exists()
+    child = command(*words(folder, parts, *more, "--resume"))
+    said, errors = child.communicate()
+    assert child.returncode == 0 and "going on from step" in said, errors
+    child = command(*words(folder, whole, *more))
+    assert child.wait() == 0
+    assert same(weights(whole), weights(parts))
+
+
+def test_kill_while_saving_loses_nothing(folder, tmp_path, monkeypatch):
+    """A process killed inside torch.save leaves the last whole checkpoint, from which to go on."""
+    out = tmp_path / "out"
+    code = f"""
+import os, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import train
+save, calls = torch.save, []
+def killed(tree, path):
+    calls.append(path)
+    if len(calls) == 3:
+        open(path, "wb").write(b"half")
+        os.kill(os.getpid(), 9)
+    save(tree, path)
+torch.save = killed
+train.main(train.get_args(sys.argv[1:]))
+"""
+    more = ["--method", "none", "--save-every", "0"]
+    done = subprocess.run([sys.executable, "-c", code, *words(folder, out, *more)])
+    assert done.returncode == -signal.SIGKILL
+    assert train.model.load_tensors(out / "last.pt")["step"] == 2
+    run(folder, out, *more, "--resume")
+    run(folder, tmp_path / "whole", *more)
+    assert same(weights(out), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("method", ["transkd-base", "transkd-ea"])
+def test_two_processes_equal_one(folder, tmp_path, method):
+    """Labels with different numbers of ignored pixels, drops and batch norms included."""
+    more = ["--method", method, "--max-iters", "4", "--alone"]
+    for out, n in (("one", 1), ("two", 2)):
+        child = command(*words(folder, tmp_path / out, *more), processes=n)
+        said, errors = child.communicate()
+        assert child.returncode == 0, errors
+    for name in ("teacher.pt", "alone.pt", "student.pt"):
+        a, b = weights(tmp_path / "one", name), weights(tmp_path / "two", name)
+        start = model.build("nano", 3).state_dict()
+        for key in a:
+            moved = (a[key].float() - start[key].float()).norm().item()
+            apart = (a[key].float() - b[key].float()).norm().item()
+            assert apart <= 1e-3 * moved + 1e-6, (name, key, apart, moved)
+    metrics = [json.loads((tmp_path / o / "metrics.json").read_text()) for o in ("one", "two")]
+    assert metrics[0]["miou"] == pytest.approx(metrics[1]["miou"], abs=1e-3)
+    assert metrics[1]["student"]["images"] == 3  # an odd number, each scored once
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_name(folder, tmp_path, monkeypatch):
+    real = train.METHODS["kd"].forward
+
+    def broken(self, *a):
+        broken.calls += 1
+        return {
+            k: v * (float("nan") if broken.calls == 3 else 1) for k, v in real(self, *a).items()
+        }
+
+    broken.calls = 0
+    monkeypatch.setattr(train.METHODS["kd"], "forward", broken)
+    with pytest.raises(UserError, match="student: the loss term 'kd' was not finite at step 2"):
+        run(folder, tmp_path / "out", "--method", "kd")
+    assert not (tmp_path / "out" / "student.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# mistakes
+
+
+def swap(path, image):
+    image.save(path)
+
+
+MISTAKES = {
+    "no such dataset": (
+        ["--dataset", "kitti"],
+        None,
+        "unknown dataset 'kitti': choose one of scenes",
+    ),
+    "no such model": (["--student", "b9"], None, "unknown model 'b9': choose one of nano, b0"),
+    "no such method": (["--method", "magic"], None, "unknown method 'magic': choose among none"),
+    "no data dir": (["--data-dir", "/nowhere"], None, "--data-dir /nowhere: no such folder"),
+    "small crop": (["--crop-size", "31"], None, "at least 32"),
+    "odd batch": (["--batch-size", "3", "--accumulate", "2"], None, "does not divide"),
+    "useless flag": (
+        ["--method", "kd", "--embed", "2"],
+        None,
+        "--embed has no effect on --method kd",
+    ),
+    "no teacher": (["--teacher-ckpt", "/nowhere.pt"], None, "/nowhere.pt: no such file"),
+    "no label": ([], lambda d: (d / "labels/p1.png").unlink(), "1 of 6 have no label: p1"),
+    "no image": ([], lambda d: (d / "images/p7.png").unlink(), "1 of 3 have no image: p7"),
+    "unreadable": ([], lambda d: (d / "images/p1.png").write_bytes(b""), "p1.png: cannot be read"),
+    "empty split": ([], lambda d: (d / "val.txt").write_text("\n"), "the val split is empty"),
+    "no list": ([], lambda d: (d / "train.txt").unlink(), "train.txt: no such file"),
+    "out of range": (
+        [],
+        lambda d: swap(d / "labels/p2.png", Image.new("L", (48, 40), 7)),
+        "p2.png: label values 7 are not classes of this data set; allowed are 0 to 2, 255",
+    ),
+    "sizes differ": (
+        [],
+        lambda d: swap(d / "labels/p2.png", Image.new("L", (40, 40), 1)),
+        "p2.png: 40x40, but its image",
+    ),
+    "too many classes": (
+        [],
+        lambda d: (d / "classes.txt").write_text("thing\n" * 256),
+        "256 classes, 1 to 255 are possible",
+    ),
+}
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(folder, tmp_path, name, cache):
+    more, change, message = MISTAKES[name]
+    if change:
+        change(folder)
+    with pytest.raises(UserError) as e:
+        run(folder, tmp_path / "out", "--method", "none", "--cache", cache, *more)
+    assert message in str(e.value) and "\n" not in str(e.value)
+    assert not (tmp_path / "out" / "student.pt").exists()
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
+    folder = write_folder(tmp_path / "data")
+    (folder / "labels/p1.png").unlink()
+    for cache in ("on", "off"):
+        child = command(*words(folder, tmp_path / "out", "--cache", cache))
+        _, errors = child.communicate()
+        assert child.returncode == 2
+        assert errors.startswith("error: ") and errors.count("\n") == 1 and "p1" in errors
+
+
+def test_checkpoints_of_another_kind(folder, tmp_path):
+    out = tmp_path / "out"
+    run(folder, out, "--method", "none", "--save-every", "0")
+    with pytest.raises(UserError, match="last.pt is the state of an unfinished one"):
+        model.load(out / "last.pt")
+    other = write_folder(tmp_path / "other", classes=2)
+    with pytest.raises(UserError, match="predicts 3 classes, folder has 2"):
+        run(other, tmp_path / "b", "--teacher-ckpt", str(out / "student.pt"))
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(UserError, match="text.pt: not a checkpoint of tensors"):
+        run(folder, tmp_path / "b", "--teacher-ckpt", str(tmp_path / "text.pt"))
+
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, tmp_path):
+    out = tmp_path / "out"
+    run(folder, out, "--method", "none")
+    before = (out / "student.pt").read_bytes()
+    with pytest.raises(UserError, match="holds a run .last.pt.: pass --resume"):
+        run(folder, out, "--method", "none")
+    with pytest.raises(UserError, match="--resume: --lr was 0.0006, now it is 0.1"):
+        run(folder, out, "--method", "none", "--lr", "0.1", "--resume")
+    run(folder, out, "--method", "none", "--resume")
+    assert (out / "student.pt").read_bytes() == before
+
+
+def test_no_space_left_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch):
+    out, save, calls = tmp_path / "out", torch.save, []
+
+    def full(tree, path):
+        calls.append(path)
+        if len(calls) > 2:
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+        save(tree, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="no space left on the device that holds .*last.pt"):
+        run(folder, out, "--method", "none", "--save-every", "0")
+    monkeypatch.undo()
+    assert model.load_tensors(out / "last.pt")["step"] == 2
+    assert not [p for p in out.iterdir() if ".tmp" in p.name]
+    run(folder, out, "--method", "none", "--save-every", "0", "--resume")
+
+
+def test_ctrl_c_while_waiting_is_quiet(folder, tmp_path):
+    child = command(*words(folder, tmp_path / "out", "--method", "none", "--max-iters", "100000"))
+    time.sleep(0.1)
+    for line in child.stdout:
+        if "img/s" in line:
+            break
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate()
+    assert child.returncode == 128 + signal.SIGINT and "Traceback" not in errors
