@@ -306,6 +306,27 @@ class Files:
         return self.pair(i)[1]
 
 
+class Subset:
+    """n of a split's images, evenly spaced: of a video, the whole of it at a lower frame rate."""
+
+    def __init__(self, split, n):
+        if not 1 <= n <= len(split):
+            raise UserError(f"{n} images of a split that has {len(split)}")
+        self.split, self.indices = split, np.linspace(0, len(split) - 1, n).round().astype(int)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def pair(self, i):
+        return self.split.pair(self.indices[i])
+
+    def image(self, i):
+        return self.split.image(self.indices[i])
+
+    def label(self, i):
+        return self.split.label(self.indices[i])
+
+
 def open_split(dataset, split, data_dir=None, cache="on", cache_dir=None, cache_gb=None):
     """A split's images and labels, decoded once into a cache unless that is off or too large."""
     if split not in dataset.pairs:

@@ -264,6 +264,9 @@ class SegFormer(nn.Module):
         self.head = SegFormerHead(dims, width, num_classes, dropout)
 
     def forward(self, images, head=True):
+        if min(images.shape[2:]) < 32:
+            h, w = images.shape[2:]
+            raise UserError(f"an image of {h}x{w} pixels: {self.name} needs 32x32 at least")
         features, embeddings = self.encoder(images)
         return Output(self.head(features) if head else None, features, embeddings)
 

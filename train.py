@@ -27,7 +27,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import augment
-import baselines
 import data
 import distill
 import eval as evaluation
@@ -36,7 +35,7 @@ import model
 import parallel
 from model import UserError
 
-METHODS = {**distill.METHODS, **baselines.METHODS}
+METHODS = flops.METHODS
 
 # What a first run on each data set should use. Flags win over the recipe, the recipe over these.
 COMMON = dict(
@@ -54,9 +53,9 @@ COMMON = dict(
     clip=1.0,
     class_weights="none",
 )
-SCENES = dict(student="nano", teacher="b0", alone=True, max_iters=600, crop_size=[96, 160])
+SCENES = dict(student="nano", teacher="b0", alone=True, max_iters=900, crop_size=[96, 160])
 DEFAULTS = {
-    "scenes": COMMON | SCENES | dict(lr=1e-3, scale=[0.75, 1.33]),
+    "scenes": COMMON | SCENES | dict(batch_size=8, lr=3e-3, scale=[0.75, 1.33]),
     "camvid": COMMON | dict(crop_size=[352, 480]),
     "nyuv2": COMMON,
     "folder": COMMON,
@@ -138,8 +137,9 @@ class Run:
     out: Path
     device: torch.device
     dataset: data.Dataset
-    train: object  # the splits: data.Packed or data.Files
-    val: object
+    train: object  # the splits: data.Packed or data.Files; the teacher's training images,
+    few: object  # the student's, which may be fewer,
+    val: object  # and those that score both
     augment: augment.Augment
     facts: dict  # what goes into every checkpoint beside the weights
     rank: int = 0
@@ -178,7 +178,8 @@ def open_run(args):
         lambda: [data.open_split(dataset, split, *cache) for split in ("train", "val")]
     )
     if args.max_iters is None:  # the paper's recipe
-        args.max_iters = PAPER_EPOCHS * math.ceil(len(train) / args.batch_size)
+        n = args.student_images or len(train)
+        args.max_iters = PAPER_EPOCHS * math.ceil(n / args.batch_size)
         shorter = PAPER_EPOCHS * math.ceil(len(train) / args.teacher_batch_size)
         args.teacher_iters = args.teacher_iters or shorter
     args.teacher_iters = min(args.teacher_iters or args.max_iters, args.max_iters)
@@ -200,7 +201,8 @@ def open_run(args):
         crop = (int(height * scale + 0.5), int(width * scale + 0.5))
         how = augment.Augment(crop, colour=args.colour, fit=True, label_stride=4)
     out.mkdir(parents=True, exist_ok=True)
-    run = Run(args, out, device, dataset, train, val, how, facts, rank, world)
+    few = data.Subset(train, args.student_images) if args.student_images else train
+    run = Run(args, out, device, dataset, train, few, val, how, facts, rank, world)
     if args.resume:
         resume(run)
     return run
@@ -306,7 +308,8 @@ def freeze(net, device):
 def train_stage(run, stage, net, method, teacher, iters, batch_size):
     """Train `net` for `iters` steps; returns the net to keep (its running average with --ema)."""
     args, device = run.args, run.device
-    learner = Learner(net, method, class_weights(run)).to(device)
+    split = run.train if stage == "teacher" else run.few
+    learner = Learner(net, method, class_weights(run, split)).to(device)
     learner = learner.to(memory_format=torch.channels_last)
     if run.world > 1:
         learner = parallel.synchronise(learner, device)
@@ -330,7 +333,7 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size):
     if args.compile:
         learner.compile()
     schedule = dict(peak=args.lr, total=iters, warmup=args.warmup)
-    schedule |= dict(paper_epoch=math.ceil(len(run.train) / batch_size) if paper else None)
+    schedule |= dict(paper_epoch=math.ceil(len(split) / batch_size) if paper else None)
     loop(run, stage, parallel.wrap(learner, device), parts, teacher, schedule, batch_size, first)
     return parts["ema"].module if args.ema else net
 
@@ -340,7 +343,8 @@ def loop(run, stage, wrapped, parts, teacher, schedule, batch_size, first):
     args, total = run.args, schedule["total"]
     learner, optimizer, scaler = parts["learner"], parts["optimizer"], parts["scaler"]
     watch = Watch(run, stage, first, total, batch_size)
-    batches = make_batches(run, batch_size, first, total)
+    split = run.train if stage == "teacher" else run.few
+    batches = make_batches(run, split, batch_size, first, total)
     learner.train()
     saved = time.time()
     for step in range(first, total):
@@ -348,10 +352,11 @@ def loop(run, stage, wrapped, parts, teacher, schedule, batch_size, first):
         for group in optimizer.param_groups:
             group["lr"] = lr
         for part in range(args.accumulate):
+            batch = next(batches)
             torch.manual_seed(hash((args.seed, step, part)))  # one for all processes, see Drop
             syncs = run.world == 1 or part == args.accumulate - 1
             with contextlib.nullcontext() if syncs else wrapped.no_sync():
-                terms = loss_terms(run, learner, wrapped, teacher, next(batches))
+                terms = loss_terms(run, learner, wrapped, teacher, batch)
                 scaler.scale(sum(terms.values()) / args.accumulate).backward()
             watch.add(step, terms)
         scaler.unscale_(optimizer)
@@ -376,12 +381,12 @@ def loop(run, stage, wrapped, parts, teacher, schedule, batch_size, first):
     watch.check()
 
 
-def make_batches(run, batch_size, first, last):
-    """The stage's micro-batches from step `first` to `last`, prepared by --workers processes."""
+def make_batches(run, split, batch_size, first, last):
+    """The split's micro-batches from step `first` to `last`, prepared by --workers processes."""
     args = run.args
     micro = batch_size // args.accumulate
     loader = torch.utils.data.DataLoader(
-        augment.Batches(run.train, micro, args.seed, run.augment, run.rank, run.world),
+        augment.Batches(split, micro, args.seed, run.augment, run.rank, run.world),
         batch_size=None,
         sampler=range(first * args.accumulate, last * args.accumulate),
         num_workers=args.workers,
@@ -399,11 +404,11 @@ def loss_terms(run, learner, wrapped, teacher, batch):
         return wrapped(images, labels, seen)
 
 
-def class_weights(run):
+def class_weights(run, split):
     """1 / ln(1.10 + share of the training pixels), as in the TransKD release; None without."""
     if run.args.class_weights == "none":
         return None
-    pixels = torch.from_numpy(data.class_pixels(run.train)[: len(run.dataset.classes)])
+    pixels = torch.from_numpy(data.class_pixels(split)[: len(run.dataset.classes)])
     return (1 / torch.log(1.10 + pixels / pixels.sum())).float()
 
 
@@ -538,6 +543,7 @@ def get_args(argv=None):
     p.add_argument("--student-init", default="scratch", help="scratch, or a file of weights")
     p.add_argument("--method", default="transkd-base", help=f"{', '.join(METHODS)}; or a+b")
     p.add_argument("--alone", action=yes_or_no, help="also train the student by itself")
+    p.add_argument("--student-images", type=int, help="only N of the training images (all)")
     p.add_argument("--recipe", choices=("default", "paper"), default="default", help="see PAPER")
     # the methods' own choices, for ablations
     p.add_argument("--csf-norm", choices=("none", "batch"), help="batch: CSF exactly as released")
@@ -603,11 +609,13 @@ def resolve(args):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.teacher_batch_size = args.teacher_batch_size or args.batch_size
     args.out_dir = args.out_dir or f"out/{args.dataset}-{args.student}-{args.method}"
     for name in (args.student, args.teacher):
         if name not in model.MODELS:
             raise UserError(f"unknown model '{name}': choose one of {', '.join(model.MODELS)}")
+    for flag in ("teacher_ckpt", "teacher_batch_size", "teacher_iters"):
+        if args.method == "none" and getattr(args, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')} has no effect on --method none")
     if not 1 <= len(args.crop_size) <= 2 or min(args.crop_size) < 32:
         raise UserError(f"--crop-size {args.crop_size}: one or two numbers, at least 32 each")
     if not 0 < args.scale[0] <= args.scale[1]:
@@ -615,6 +623,7 @@ def resolve(args):
     for name in ("max_iters", "teacher_iters", "batch_size", "teacher_batch_size", "accumulate"):
         if (getattr(args, name) or 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    args.teacher_batch_size = args.teacher_batch_size or args.batch_size
 
 
 def main(args):

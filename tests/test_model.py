@@ -64,6 +64,11 @@ def test_equals_the_independent_implementation(name):
         assert got.std() > 1e-3  # a constant would agree with anything
 
 
+def test_too_small_an_image():
+    with pytest.raises(model.UserError, match="31x64 pixels: nano needs 32x32"):
+        model.build("nano", 2)(torch.zeros(1, 3, 31, 64))
+
+
 def test_merged_head_is_the_head_as_written():
     net = model.build("b0", 5).double().eval()
     features = net(torch.randn(2, 3, 65, 97, dtype=torch.float64)).features

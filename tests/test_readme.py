@@ -1,0 +1,74 @@
+"""The README's commands, run in their order on small data; and what it says of the files."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_folder
+from test_data import write_camvid
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
+INSTALL, *COMMANDS = [block.strip().split("\n") for block in BLOCKS]
+SMALL = "--student nano --teacher nano --crop-size 32 --batch-size 4 --max-iters 1".split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the scripts, and with data where the README's commands expect it."""
+    place = tmp_path_factory.mktemp("readme")
+    for script in ROOT.glob("*.py"):
+        (place / script.name).symlink_to(script)
+    write_folder(place / "data/nyuv2", classes=40)
+    write_camvid(place / "data/camvid")
+    return place
+
+
+def test_first_commands():
+    assert INSTALL == [
+        "pip install -r requirements.txt && python train.py",
+        "pip install -r requirements.txt && python -m pytest",
+    ]
+    assert README.index(INSTALL[0]) < 1500
+
+
+@pytest.mark.parametrize("line", [line for block in COMMANDS for line in block])
+def test_command(place, line):
+    program, *argv = shlex.split(line)
+    if program == "torchrun":
+        python = [sys.executable, "-m", "torch.distributed.run", "--master_port", "29871"]
+        argv[0] = "--nproc_per_node=2"
+    else:
+        assert program == "python"
+        python = [sys.executable]
+    if "train.py" in argv:
+        argv += SMALL
+    if "--recipe" in argv:  # 512 x 614 pixels an image: one at a time is enough
+        argv += ["--batch-size", "2", "--teacher-batch-size", "2"]
+        (place / "data/mine").exists() or write_folder(place / "data/mine")
+        argv += ["--dataset", "folder", "--data-dir", "data/mine", "--protocol", "full"]
+    env = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(place)}
+    done = subprocess.run([*python, *argv], cwd=place, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_are_all_in_the_table_and_none_is_invented():
+    table = set(re.findall(r"^\| `(\w+\.py)`", README, re.M))
+    assert table == {p.name for p in ROOT.glob("*.py")}
+
+
+def test_the_picture_is_there():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).exists()
+
+
+def test_files_import_only_from_those_above():
+    order = re.findall(r"^\| `(\w+)\.py`", README, re.M)
+    for k, name in enumerate(order):
+        text = (ROOT / f"{name}.py").read_text()
+        used = set(re.findall(r"^(?:import|from) (\w+)", text, re.M)) & set(order)
+        assert used <= set(order[:k]), f"{name}.py imports {used - set(order[:k])}"
