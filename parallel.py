@@ -46,13 +46,14 @@ def first_then_others(work):
     return result
 
 
-def any_process(flag):
-    """Is the flag set in any process? All get the same answer."""
-    if not dist.is_initialized():
-        return bool(flag)
-    asked = torch.tensor(float(bool(flag)))
-    dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-    return bool(asked)
+def any_process(*flags):
+    """For each flag, whether it is set in any process: all get the same answers."""
+    flags = [bool(flag) for flag in flags]
+    if dist.is_initialized():
+        asked = torch.tensor(flags, dtype=torch.float32)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        flags = asked.bool().tolist()
+    return flags
 
 
 def process_mean(x):

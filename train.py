@@ -367,10 +367,11 @@ def loop(run, stage, wrapped, parts, teacher, schedule, batch_size, first):
         optimizer.zero_grad(set_to_none=True)
         if args.ema:
             parts["ema"].update_parameters(learner.student)
-        watch.report(step, lr)
+        stopping, due = parallel.any_process(run.signals, watch.due(step))
+        if due:
+            watch.report(step, lr)
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < total:
             score(run, stage, learner.student, step + 1)
-        stopping = parallel.any_process(run.signals)
         if stopping or time.time() - saved > args.save_every:
             watch.check()
             save_state(run, stage, step + 1, parts)
@@ -449,15 +450,17 @@ class Watch:
                     "a lower --lr, or --dtype bfloat16; last.pt, if there is one, is from before"
                 )
 
+    def due(self, step):
+        """Time for a line? Whatever this process says, all of them report when one does."""
+        if self.run.device.type == "cpu" or (step + 1) % 20 == 0:
+            self.check()
+        return time.time() - self.told >= self.run.args.log_every or step + 1 == self.total
+
     def report(self, step, lr):
         now, done = time.time(), step + 1
-        if self.run.device.type == "cpu" or done % 20 == 0:
-            self.check()
-        if now - self.told < self.run.args.log_every and done < self.total:
-            return
         steps = done - self.told_step
-        means = (self.sums / (steps * self.run.args.accumulate)).tolist()
-        terms = dict(zip(self.names, means))
+        means = parallel.process_mean(self.sums) / (steps * self.run.args.accumulate)
+        terms = dict(zip(self.names, means.tolist()))
         speed = steps * self.batch_size / (now - self.told)
         eta = clock((self.total - done) * (now - self.start) / (done - self.first))
         words = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
