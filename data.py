@@ -170,9 +170,11 @@ def read_classes(path):
 def count_classes(paths, root):
     """Without classes.txt: as many classes as the largest label says, with numbers for names."""
     print(f"{root}/classes.txt is not there: reading {len(paths)} labels to count the classes")
-    with ThreadPoolExecutor() as pool:
-        largest = pool.map(lambda p: max([-1, *set(np.unique(read_label(p))) - {IGNORE}]), paths)
-    n = int(max(largest, default=-1)) + 1
+
+    def largest(path):
+        return max([-1, *set(np.unique(read_label(path)).tolist()) - {IGNORE}])
+
+    n = max(in_parallel(largest, paths, "counting classes"), default=-1) + 1
     if n == 0:
         raise UserError(
             f"{root}/labels: every pixel is {IGNORE} (ignore), there is no class to learn"
@@ -413,6 +415,7 @@ def build_cache(folder, files, title):
         np.save(tmp / "index.npy", index_of(decode(files, tmp, title)))
         try:
             os.rename(tmp, folder)
+            print(f"cache {title}: {len(files)} images in {folder}", flush=True)
         except OSError:
             if not folder.is_dir():  # if it is, another process was faster: use its result
                 raise
@@ -424,21 +427,27 @@ def build_cache(folder, files, title):
 
 def decode(files, folder, title):
     """Append every image and label to images.bin and labels.bin, in order; returns their sizes."""
-    sizes, start, told = [], time.time(), time.time()
-    with ThreadPoolExecutor() as pool, open(folder / "images.bin", "wb") as images:
-        with open(folder / "labels.bin", "wb") as labels:
-            for begin in range(0, len(files), 32):  # a few at a time: memory stays small
-                part = range(begin, min(begin + 32, len(files)))
-                for image, label in pool.map(files.pair, part):
-                    images.write(image.tobytes())
-                    labels.write(label.tobytes())
-                    sizes.append(label.shape)
-                os.utime(folder)
-                if time.time() - told > 2 or len(sizes) == len(files):
-                    told, left = time.time(), len(files) / len(sizes) - 1
-                    left *= time.time() - start
-                    print(f"cache {title}: {len(sizes)}/{len(files)} decoded, {left:.0f} s left")
+    sizes = []
+    with open(folder / "images.bin", "wb") as images, open(folder / "labels.bin", "wb") as labels:
+        for image, label in in_parallel(files.pair, range(len(files)), f"cache {title}"):
+            images.write(image.tobytes())
+            labels.write(label.tobytes())
+            sizes.append(label.shape)
+            os.utime(folder)  # still alive
     return sizes
+
+
+def in_parallel(work, items, title):
+    """work(item) of all items, by threads and in order, telling now and then how far it is."""
+    start = told = time.time()
+    with ThreadPoolExecutor() as pool:
+        for done in range(0, len(items), 32):  # a few at a time: memory stays small
+            now = time.time()
+            if done and now - told > 2:
+                left = (now - start) * (len(items) / done - 1)
+                print(f"{title}: {done}/{len(items)}, {left:.0f} s left", flush=True)
+                told = now
+            yield from pool.map(work, items[done : done + 32])
 
 
 def class_pixels(split):
@@ -487,8 +496,7 @@ def check(args):
     dataset = open_dataset(args.dataset, args.data_dir)
     problems = []
     for split, pairs in dataset.pairs.items():
-        with ThreadPoolExecutor() as pool:
-            found = list(pool.map(lambda p: examine(p, dataset.table), pairs))
+        found = list(in_parallel(lambda p: examine(p, dataset.table), pairs, f"check {split}"))
         counts = sum(counts for _, counts, _ in found)
         sizes = sorted({size for size, _, _ in found if size})
         some = ", ".join(f"{w}x{h}" for h, w in sizes[:4]) + (" ..." if len(sizes) > 4 else "")
@@ -505,9 +513,21 @@ def check(args):
         total = max(int(counts.sum()), 1)
         for k, name in [*enumerate(dataset.classes), (IGNORE, "(ignored)")]:
             print(f"  {k:3d} {name:20s} {100 * mapped[k] / total:6.2f} %  {mapped[k]:>12d} px")
+    if args.dataset != "scenes":
+        report_spare_files(Path(args.data_dir), dataset)
     if problems:
         raise UserError(f"{len(problems)} problem(s) in {args.data_dir}; the first: {problems[0]}")
     print("no problem found")
+
+
+def report_spare_files(root, dataset):
+    """Files of the folder layout that train.txt, val.txt and test.txt do not name."""
+    named = {pair[0] for pairs in dataset.pairs.values() for pair in pairs}
+    for folder in ("images", "labels"):
+        spare = sorted(files_in(root / folder).keys() - named) if (root / folder).is_dir() else []
+        if spare:
+            some = ", ".join(spare[:5]) + " ..." * (len(spare) > 5)
+            print(f"{len(spare)} files in {folder}/ are in no split: {some}")
 
 
 def export_scenes(args):

@@ -529,6 +529,21 @@ def pictures(run, nets, titles, rows=4, width=320):
 # the command
 
 
+def add_method_flags(p):
+    """The methods' own choices, for ablations. Not given, a method's own default holds."""
+    p.add_argument("--csf-norm", choices=("none", "batch"), help="batch: CSF exactly as released")
+    p.add_argument("--feature-loss", choices=(*distill.FEATURE_LOSSES,), help="none: PEA alone")
+    p.add_argument("--embed", choices=(*distill.EMBED_STAGES,), help="PEA stages; none: CSF alone")
+    p.add_argument("--feature-weight", type=float, help="factor of the feature terms (1)")
+    p.add_argument("--embed-weight", type=float, help="factor of the embedding terms (1)")
+    p.add_argument("--gl-init", type=float, help="start of GL-Mixer's two scalars (0.5)")
+    p.add_argument(
+        "--gl-residual", action="store_const", const=True, help="GL-Mixer adds its input"
+    )
+    p.add_argument("--kd-weight", type=float, help="factor of kd (1)")
+    p.add_argument("--temperature", type=float, help="of kd's softmax (1)")
+
+
 def get_args(argv=None):
     p = argparse.ArgumentParser(
         description="Train a teacher if there is none, and distil it into a student.",
@@ -548,18 +563,7 @@ def get_args(argv=None):
     p.add_argument("--alone", action=yes_or_no, help="also train the student by itself")
     p.add_argument("--student-images", type=int, help="only N of the training images (all)")
     p.add_argument("--recipe", choices=("default", "paper"), default="default", help="see PAPER")
-    # the methods' own choices, for ablations
-    p.add_argument("--csf-norm", choices=("none", "batch"), help="batch: CSF exactly as released")
-    p.add_argument("--feature-loss", choices=(*distill.FEATURE_LOSSES,), help="none: PEA alone")
-    p.add_argument("--embed", choices=(*distill.EMBED_STAGES,), help="PEA stages; none: CSF alone")
-    p.add_argument("--feature-weight", type=float, help="factor of the feature terms (1)")
-    p.add_argument("--embed-weight", type=float, help="factor of the embedding terms (1)")
-    p.add_argument("--gl-init", type=float, help="start of GL-Mixer's two scalars (0.5)")
-    p.add_argument(
-        "--gl-residual", action="store_const", const=True, help="GL-Mixer adds its input"
-    )
-    p.add_argument("--kd-weight", type=float, help="factor of kd (1)")
-    p.add_argument("--temperature", type=float, help="of kd's softmax (1)")
+    add_method_flags(p)
     # how long, how fast
     p.add_argument("--max-iters", type=int, help="steps of each stage, at most")
     p.add_argument("--teacher-iters", type=int, help="steps of the teacher, if fewer")

@@ -247,6 +247,14 @@ def test_doctor_of_a_healthy_folder(folder, capsys):
     assert f"{100 / 48:.2f} %" in share and f"{6 * 40} px" in share
 
 
+def test_doctor_tells_of_files_in_no_split(folder, capsys):
+    (folder / "labels" / "p0.png").rename(folder / "labels" / "other.png")
+    (folder / "train.txt").write_text("p1\np2\n")
+    out, problem = check(folder, capsys)
+    assert "4 files in images/ are in no split: p0, p3, p4, p5" in out and problem is None
+    assert "4 files in labels/ are in no split: other, p3, p4, p5" in out
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
