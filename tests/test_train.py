@@ -231,6 +231,23 @@ def test_accumulation_is_the_batch_in_parts(folder):
 # interrupted, resumed, in several processes
 
 
+def test_ema_is_a_running_average(folder, tmp_path, monkeypatch):
+    steps, save = [], train.save_state
+
+    def keep(run_, at=None, done=0, parts=None):
+        if parts:
+            steps.append({k: v.clone() for k, v in parts["learner"].student.state_dict().items()})
+        save(run_, at, done, parts)
+
+    monkeypatch.setattr(train, "save_state", keep)
+    more = ["--method", "none", "--ema", "0.75", "--max-iters", "3", "--save-every", "0"]
+    run(folder, tmp_path / "out", *more)
+    for name, got in weights(tmp_path / "out").items():
+        if got.is_floating_point():
+            a, b, c = (s[name] for s in steps)
+            assert torch.allclose(got, 0.75 * (0.75 * a + 0.25 * b) + 0.25 * c, atol=1e-6), name
+
+
 class Stop(Exception):
     pass
 
