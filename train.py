@@ -53,9 +53,11 @@ COMMON = dict(
     clip=1.0,
     class_weights="none",
 )
-SCENES = dict(student="nano", teacher="b0", alone=True, max_iters=900, crop_size=[96, 160])
+# the teacher learns from 800 drawn scenes, the student from 20 of them: what a teacher is good for
+SCENES = dict(student="nano", teacher="b0", student_images=20, alone=True, max_iters=900)
+SCENES |= dict(crop_size=[96, 160], batch_size=8, lr=3e-3, scale=[0.75, 1.33])
 DEFAULTS = {
-    "scenes": COMMON | SCENES | dict(batch_size=8, lr=3e-3, scale=[0.75, 1.33]),
+    "scenes": COMMON | SCENES,
     "camvid": COMMON | dict(crop_size=[352, 480]),
     "nyuv2": COMMON,
     "folder": COMMON,
@@ -212,6 +214,20 @@ def settings(args):
     return {name: value for name, value in vars(args).items() if name not in FREE}
 
 
+def command_line(args):
+    """The command that says in full what was chosen by default."""
+    words = ["python train.py"]
+    for name, value in settings(args).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is True:
+            words.append(flag)
+        elif value not in (None, False):
+            words += [flag, str(value)]
+    return " ".join(words)
+
+
 def resume(run):
     """Read last.pt: the results of finished stages and the state of the interrupted one."""
     path = run.out / "last.pt"
@@ -284,10 +300,9 @@ def run_stage(run, stage, name, method="none", teacher=None):
     options = options if method != "none" or args.method == "none" else {}
     method = distill.build_method(method, net.channels, channels, METHODS, **options)
     extra = model.count_parameters(method)
-    run.print(
-        f"{iters} steps of {batch_size} images"
-        + f", {extra:,} more parameters to train" * (extra > 0)
-    )
+    of = len(run.train if is_teacher else run.few)
+    adapters = f", {extra:,} more parameters to train" * (extra > 0)
+    run.print(f"{iters} steps of {batch_size}, from {of} images{adapters}")
     start = time.time()
     net = train_stage(run, stage, net, method, teacher, iters, batch_size)
     seconds = round(time.time() - start, 1)
@@ -500,7 +515,10 @@ def report(run, nets):
             f"{shares[1]:>11s} {shares[2]:>13s} {clock(r['seconds']):>8s}"
         )
     h, w = run.augment.crop
-    run.print(f"GMACs at {h}x{w}; {student['images']} val images, protocol {student['protocol']}")
+    few = f"student from {len(run.few)} of {len(run.train)} training images; "
+    few *= run.few is not run.train
+    scored = f"{student['images']} val images, protocol {student['protocol']}"
+    run.print(f"{few}GMACs at {h}x{w}; {scored}")
     pictures(run, nets, ["photo", "labels", *(titles[s] for s in run.results)])
     run.print(f"wrote student.pt (to deploy), metrics.json and samples.png to {run.out}")
 
@@ -637,7 +655,7 @@ def main(args):
     resolve(args)
     run = open_run(args)
     catch_signals(run)
-    run.print(json.dumps(settings(args)))
+    run.print(command_line(args))
     nets, teacher = [], None
     if args.method != "none":
         if args.teacher_ckpt:

@@ -139,6 +139,20 @@ def test_the_whole_job(folder, tmp_path, capsys):
     assert evaluation.evaluate(net, split, facts)["miou"] == pytest.approx(metrics["miou"])
 
 
+def test_the_command_line_it_prints_is_the_run(folder, tmp_path):
+    more = ["--alone", "--crop-size", "32", "64", "--temperature", "2", "--method", "kd"]
+    args = train.get_args(words(folder, tmp_path / "out", *more))
+    train.resolve(args)
+    train.open_run(args)
+    said = train.command_line(args).split()
+    assert said[:2] == ["python", "train.py"]
+    where = ["--data-dir", str(folder), "--out-dir", str(tmp_path / "again")]
+    again = train.get_args([*said[2:], *where])
+    train.resolve(again)
+    train.open_run(again)
+    assert train.settings(again) == train.settings(args)
+
+
 def test_a_teacher_that_is_there_is_not_trained(folder, tmp_path):
     run(folder, tmp_path / "a")
     ckpt = str(tmp_path / "a" / "teacher.pt")
