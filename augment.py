@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from distill import IGNORE
 from model import UserError
@@ -88,9 +89,11 @@ def host_batch(split, step, batch_size, seed, a, rows):
     for k in range(batch_size)[rows]:
         rng = np.random.default_rng([seed, 2, step * batch_size + k])  # the place in the stream
         image, label = split.pair(indices[k])
+        if a.fit:  # as eval.prepare does, with antialiasing
+            image = np.asarray(Image.fromarray(image).resize(a.crop[::-1], Image.BILINEAR))
         item, window, looks = {"colour": colour_matrix(rng, a.colour)}, [], []
         for d, (n, s, start, flip, full) in zip("yx", plan(rng, label.shape, a)):
-            at, inside = axis(n, s, start, flip, full)
+            at, inside = axis(n, 1, start, flip, n) if a.fit else axis(n, s, start, flip, full)
             low, high = int(at.min()), int(np.ceil(at.max())) + 1
             window.append(slice(low, high))
             item[d], item[f"{d}_inside"] = (at - low).astype(np.float32), inside

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from PIL import Image, ImageOps
 
 import scenes
 from distill import IGNORE
-from model import UserError, atomic, cli
+from model import UserError, cli
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -111,7 +112,7 @@ def open_camvid(root):
     for split in ("train", "val", "test"):
         if split == "test" and not (root / split).is_dir():
             continue
-        images, labels = files_in(root / split), files_in(root / f"{split}annot")
+        images, labels = files_in(root / split), files_in(root / f"{split}annot", (".png",))
         pairs[split] = pair_up(images, labels, sorted(images.keys() | labels.keys()), root / split)
     names, palette = zip(*CAMVID)
     return Dataset("camvid", names, palette, label_table(11, [11, IGNORE]), pairs)
@@ -119,7 +120,7 @@ def open_camvid(root):
 
 def open_folder(root, name="folder", classes=None):
     """images/STEM.jpg|png, labels/STEM.png, train.txt, val.txt, and perhaps classes.txt."""
-    images, labels = files_in(root / "images"), files_in(root / "labels")
+    images, labels = files_in(root / "images"), files_in(root / "labels", (".png",))
     pairs = {}
     for split in ("train", "val", "test"):
         path = root / f"{split}.txt"
@@ -149,9 +150,15 @@ DATASETS = {"scenes": None, "folder": open_folder, "camvid": open_camvid, "nyuv2
 
 def read_lines(path):
     try:
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        return [
+            line.strip()
+            for line in path.read_text(encoding="utf-8-sig").splitlines()
+            if line.strip()
+        ]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file (it lists the split's stems, one a line)") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file") from None
 
 
 def read_classes(path):
@@ -182,11 +189,11 @@ def count_classes(paths, root):
     return [(f"class {i}", colour) for i, colour in enumerate(colours(n))]
 
 
-def files_in(folder):
+def files_in(folder, suffixes=IMAGE_SUFFIXES):
     """stem -> path of the images in a folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes}
 
 
 def pair_up(images, labels, stems, source):
@@ -217,7 +224,10 @@ def open_image(path):
 
 def read_image(path):
     """(H, W, 3) uint8, upright whatever the camera's EXIF orientation."""
-    return np.asarray(ImageOps.exif_transpose(open_image(path)).convert("RGB"))
+    image = open_image(path)
+    if image.mode[0] in "IF":
+        raise UserError(f"{path}: mode {image.mode}; photos must have 8 bits a channel")
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def read_label(path):
@@ -228,6 +238,8 @@ def read_label(path):
             f"{path}: a label must have one channel of class ids, this one has {label.shape[2]} "
             "(a picture in the colours of the classes? convert it to ids first)"
         )
+    if label.dtype.kind == "f":
+        raise UserError(f"{path}: floating point values, a label has whole class ids")
     if label.dtype == bool or label.max(initial=0) <= 255 and label.min(initial=0) >= 0:
         return label.astype(np.uint8)
     raise UserError(f"{path}: values up to {label.max()}, a label has class ids up to 255")
@@ -260,6 +272,8 @@ def read_pair(pair, table):
             " (rotated? the image's EXIF orientation is respected)" if (h, w) == (lw, lh) else ""
         )
         raise UserError(f"{label_path}: {lw}x{lh}, but its image {image_path} is {w}x{h}{turned}")
+    if min(label.shape) < 32:
+        raise UserError(f"{image_path}: {label.shape[1]}x{label.shape[0]}, 32x32 is the smallest")
     return image, map_label(label, table, label_path)
 
 
@@ -383,11 +397,9 @@ def cache_folder(data_dir, cache_dir):
     for folder in [Path(cache_dir)] if cache_dir else [Path(data_dir) / ".cache", home]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic(folder / "writable") as probe:
-                Path(probe).touch()
-            (folder / "writable").unlink()
-            return folder
-        except (OSError, UserError):
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
             continue
     raise UserError(
         f"{folder}: cannot keep a cache there; pass another --cache-dir, or --cache off"
@@ -513,6 +525,10 @@ def check(args):
         total = max(int(counts.sum()), 1)
         for k, name in [*enumerate(dataset.classes), (IGNORE, "(ignored)")]:
             print(f"  {k:3d} {name:20s} {100 * mapped[k] / total:6.2f} %  {mapped[k]:>12d} px")
+    both = set(dataset.pairs["train"]) & set(dataset.pairs["val"])
+    if both:
+        problems.append(f"{len(both)} images are in train and in val: {sorted(both)[0][0]} ...")
+        print(problems[-1])
     if args.dataset != "scenes":
         report_spare_files(Path(args.data_dir), dataset)
     if problems:
@@ -533,7 +549,9 @@ def report_spare_files(root, dataset):
 def export_scenes(args):
     """python data.py scenes: the drawn scenes as files, an example of the folder layout."""
     root = Path(args.out_dir)
-    if root.exists() and any(root.iterdir()):
+    if args.count < 1:
+        raise UserError("--count must be at least 1")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root}: not empty; pass a new folder as --out-dir")
     for folder in ("images", "labels"):
         (root / folder).mkdir(parents=True)

@@ -264,6 +264,18 @@ class TransKD(nn.Module):
         self.feature_loss = FEATURE_LOSSES[feature_loss]
         self.feature_weight, self.embed_weight = feature_weight, embed_weight
         stages = EMBED_STAGES[embed]
+        no_maps, no_tokens, no_mixer = feature_loss == "none", not stages, variant != "gl"
+        for idle, flag in (
+            (no_maps and no_tokens, "--feature-loss none --embed none"),
+            (no_maps and csf_norm != "none", "--csf-norm"),
+            (no_maps and feature_weight != 1, "--feature-weight"),
+            (no_tokens and embed_weight != 1, "--embed-weight"),
+            (no_mixer and (gl_init != 0.5 or gl_residual), "--gl-init or --gl-residual"),
+            (variant == "gl" and 3 not in stages, f"--embed {embed} with the mixer of stage 4"),
+            (variant == "ea" and no_tokens, "--embed none with the Embedding Assistant"),
+        ):
+            if idle:
+                raise UserError(f"transkd-{variant}, {flag}: there is nothing for it to act on")
         self.alpha = tuple(embed_alpha) if embed == "all" else (1.0,)
         self.csf = self.pea = None
         if self.feature_loss:
@@ -324,6 +336,8 @@ def build_method(spec, student_channels, teacher_channels, methods=METHODS, **op
     unknown = [name for name in names if name not in methods]
     if unknown:
         raise UserError(f"unknown method '{unknown[0]}': choose among {', '.join(methods)}")
+    if "none" in names and len(names) > 1:
+        raise UserError(f"method '{spec}': none goes with no other")
     if len(set(names)) < len(names):
         raise UserError(f"method '{spec}' names one method twice")
     taken, built = set(), {}

@@ -322,10 +322,17 @@ def get_args():
 
 
 def main(args):
-    if args.window and args.window < 32:
+    if args.window is not None and args.window < 32:
         raise UserError(f"--window {args.window}: at least 32, the encoder's coarsest stride")
-    if min(args.scales) <= 0 or args.batch_size < 1 or (args.stride or 1) < 1:
-        raise UserError("--scales, --batch-size and --stride must be positive")
+    if args.stride is not None and not 1 <= args.stride <= (args.window or 0):
+        raise UserError(f"--stride {args.stride}: 1 to --window, or there would be gaps")
+    if not all(0 < s <= 16 for s in args.scales) or args.batch_size < 1:
+        raise UserError("--scales must be above 0 and up to 16, --batch-size at least 1")
+    if args.short_side is not None and (args.short_side < 32 or not args.image):
+        raise UserError("--short-side goes with --image, and is at least 32")
+    if args.image and (args.json or args.dataset or args.protocol != "full"):
+        raise UserError("--image labels photos: --json, --dataset, --protocol are for scoring")
+    args.device = model.get_device(args.device)
     views = dict(scales=args.scales, flip=args.flip, window=args.window)
     views["stride"] = args.stride or (args.window or 0) * 3 // 4
     # with --json the progress of the cache goes to stderr, so that stdout is JSON alone

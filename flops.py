@@ -126,6 +126,9 @@ def get_args():
 
 
 def main(args):
+    model.get_device(args.device)
+    if args.csf_norm and not args.method:
+        raise model.UserError("--csf-norm has no effect without --method")
     table = list(rows(args))
     if args.json:
         print(json.dumps(table))

@@ -15,7 +15,6 @@ import contextlib
 import errno
 import math
 import os
-import pickle
 import signal
 import sys
 from typing import NamedTuple
@@ -304,9 +303,23 @@ def cli(main, args):
     except torch.OutOfMemoryError as e:
         print(f"error: {str(e).splitlines()[0]} Try a smaller --batch-size.", file=sys.stderr)
         sys.exit(2)
-    except UserError as e:
+    except (UserError, OSError, MemoryError) as e:  # a full disk, a folder that is not ours
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+
+
+def get_device(name):
+    """torch.device of a --device flag; UserError if there is no such thing here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from e
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        raise UserError(f"--device {name}: torch finds {n} GPUs here; --device cpu does without")
+    return device
 
 
 @contextlib.contextmanager
@@ -342,8 +355,8 @@ def load_tensors(path):
         raise UserError(f"{path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as e:
-        raise UserError(f"{path}: not a checkpoint of tensors ({str(e).splitlines()[0]})") from e
+    except Exception as e:  # what unpickling rubbish may raise has no end
+        raise UserError(f"{path}: not a checkpoint of tensors ({type(e).__name__})") from e
 
 
 def save(path, net, **facts):
@@ -364,8 +377,11 @@ def load(path):
             f"{path}: not a model saved by this project (found: {kind or 'nothing'}). Pass a "
             "student.pt or teacher.pt of a finished run; last.pt is the state of an unfinished one."
         )
-    net = build(facts["model"], facts["num_classes"])
-    net.load_state_dict(facts.pop("state_dict"))
+    try:
+        net = build(facts["model"], facts["num_classes"])
+        net.load_state_dict(facts.pop("state_dict"))
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path}: damaged ({type(e).__name__}: {str(e).splitlines()[0]})") from e
     return net.eval(), facts
 
 
@@ -377,6 +393,7 @@ def load_weights(net, source):
     """
     tree = load_tensors(source)
     state = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
+    state = {k: v for k, v in dict(state).items() if isinstance(v, torch.Tensor)}
     ours = net.state_dict()
     fits = {k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}
     if not fits:

@@ -2,13 +2,14 @@
 What makes N processes (torchrun) do the work of one: same draws, same means, same statistics.
 """
 
+import datetime
 import os
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from model import Drop, UserError
+from model import Drop, get_device
 
 
 def rank_and_world():
@@ -18,14 +19,14 @@ def rank_and_world():
 
 def start(device):
     """Join the processes that torchrun started, on NCCL or gloo. Returns this process's device."""
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch finds no GPU here; pass --device cpu")
+    device = get_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = get_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)
-        dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        patience = datetime.timedelta(hours=12)  # while one process decodes a large data set
+        dist.init_process_group(backend, timeout=patience)
     return device
 
 

@@ -68,12 +68,25 @@ DEFAULTS = {
 PAPER = dict(batch_size=2, teacher_batch_size=8, lr=6e-5, warmup=0.0, clip=0.0, colour=0.0)
 PAPER |= dict(class_weights="paper", csf_norm="batch", protocol="paper")
 PAPER_EPOCHS, PAPER_DECAY_EPOCHS = 1000, 1500
+PAPER_DECIDES = ("crop_size", "scale")
 # flags of the methods; those that no chosen method takes are an error
 OPTIONS = """csf_norm feature_loss embed feature_weight embed_weight gl_init gl_residual kd_weight
 temperature""".split()
+# smallest and largest value of the flags that are numbers
+LIMITS = dict.fromkeys(
+    """max_iters teacher_iters batch_size teacher_batch_size accumulate student_images
+    eval_batch_size""".split(),
+    (1, 10**9),
+)
+LIMITS |= dict.fromkeys(
+    """lr weight_decay clip colour feature_weight embed_weight kd_weight seed eval_every workers
+    save_every log_every cache_gb""".split(),
+    (0, 10**9),
+)
+LIMITS |= dict(warmup=(0, 1), ema=(0, 0.99999), temperature=(1e-3, 1e3))
 # flags that may change when a run is resumed; all others may not
 FREE = """out_dir data_dir cache cache_dir cache_gb resume workers device compile eval_every
-protocol eval_batch_size save_every log_every""".split()
+eval_batch_size save_every log_every""".split()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -171,7 +184,8 @@ def open_run(args):
                 "parts (--batch-size counts the images of all processes together)"
             )
     out = Path(args.out_dir)
-    found = [f for f in ("last.pt", "teacher.pt", "student.pt") if (out / f).exists()]
+    names = ("last.pt", "teacher.pt", "student.pt", "log.jsonl")
+    found = [f for f in names if (out / f).exists()]
     if found and not args.resume:
         raise UserError(f"{out} holds a run ({found[0]}): pass --resume, or another --out-dir")
     dataset = data.open_dataset(args.dataset, args.data_dir)
@@ -179,6 +193,8 @@ def open_run(args):
     train, val = parallel.first_then_others(
         lambda: [data.open_split(dataset, split, *cache) for split in ("train", "val")]
     )
+    if args.workers is None:
+        args.workers = 4 if device.type == "cuda" or isinstance(train, data.Files) else 0
     if args.max_iters is None:  # the paper's recipe
         n = args.student_images or len(train)
         args.max_iters = PAPER_EPOCHS * math.ceil(n / args.batch_size)
@@ -218,6 +234,8 @@ def command_line(args):
     """The command that says in full what was chosen by default."""
     words = ["python train.py"]
     for name, value in settings(args).items():
+        if name in PAPER_DECIDES and args.recipe == "paper":
+            continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, list):
             words += [flag, *map(str, value)]
@@ -230,8 +248,10 @@ def command_line(args):
 
 def resume(run):
     """Read last.pt: the results of finished stages and the state of the interrupted one."""
-    path = run.out / "last.pt"
+    path, log = run.out / "last.pt", run.out / "log.jsonl"
     if not path.exists():
+        if run.rank == 0:
+            log.unlink(missing_ok=True)
         run.print(f"{path} is not there: nothing to resume, starting from the beginning")
         return
     state = model.load_tensors(path)
@@ -242,10 +262,13 @@ def resume(run):
         if was != now:
             raise UserError(f"--resume: --{name.replace('_', '-')} was {was}, now it is {now}")
     run.results, run.state = state["results"], state if state["stage"] else None
-    log = run.out / "log.jsonl"
     if run.rank == 0 and log.exists():  # drop what came after the saved step
-        lines = [(json.loads(line), line + "\n") for line in log.read_text().splitlines()]
-        keep = [t for r, t in lines if r["stage"] in run.results or r["step"] <= state["step"]]
+        keep = []
+        for line in log.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that was cut off by a crash
+                record = json.loads(line)
+                if record["stage"] in run.results or record["step"] <= state["step"]:
+                    keep.append(line + "\n")
         with model.atomic(log) as tmp:
             Path(tmp).write_text("".join(keep))
 
@@ -263,7 +286,7 @@ def catch_signals(run):
     """SIGTERM and the first Ctrl-C: finish the step, save, leave. A second one leaves at once."""
 
     def caught(number, frame):
-        if run.signals:
+        if number == signal.SIGINT and number in run.signals:
             raise KeyboardInterrupt
         run.signals.append(number)
 
@@ -386,7 +409,8 @@ def loop(run, stage, wrapped, parts, teacher, schedule, batch_size, first):
         if due:
             watch.report(step, lr)
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < total:
-            score(run, stage, learner.student, step + 1)
+            kept = parts["ema"].module if args.ema else learner.student
+            score(run, stage, kept, step + 1)
         if stopping or time.time() - saved > args.save_every:
             watch.check()
             save_state(run, stage, step + 1, parts)
@@ -462,7 +486,7 @@ class Watch:
             if step < math.inf:
                 raise UserError(
                     f"{self.stage}: the loss term '{name}' was not finite at step {int(step)}. Try "
-                    "a lower --lr, or --dtype bfloat16; last.pt, if there is one, is from before"
+                    "a lower --lr or --dtype bfloat16 in a new --out-dir"
                 )
 
     def due(self, step):
@@ -574,9 +598,9 @@ def get_args(argv=None):
     p.add_argument("--data-dir", help="the folder that holds it (scenes are drawn, and need none)")
     p.add_argument("--student", help=f"one of {', '.join(model.MODELS)}")
     p.add_argument("--teacher", help="likewise; one that finds what the student would not")
-    p.add_argument("--teacher-ckpt", help="a trained teacher (teacher.pt of a run): no training")
-    p.add_argument("--teacher-init", default="scratch", help="scratch, or a file of weights")
-    p.add_argument("--student-init", default="scratch", help="scratch, or a file of weights")
+    p.add_argument("--teacher-ckpt", help="a trained one (teacher.pt of a run): no training")
+    p.add_argument("--teacher-init", help="scratch (the default), or a file of weights")
+    p.add_argument("--student-init", help="scratch (the default), or a file of weights")
     p.add_argument("--method", default="transkd-base", help=f"{', '.join(METHODS)}; or a+b")
     p.add_argument("--alone", action=yes_or_no, help="also train the student by itself")
     p.add_argument("--student-images", type=int, help="only N of the training images (all)")
@@ -622,14 +646,18 @@ def resolve(args):
     if args.dataset not in data.DATASETS:
         names = ", ".join(data.DATASETS)
         raise UserError(f"unknown dataset '{args.dataset}': choose one of {names}")
-    cuda = args.device.startswith("cuda")
-    defaults = DEFAULTS[args.dataset] | (PAPER if args.recipe == "paper" else {})
+    for name in PAPER_DECIDES if args.recipe == "paper" else ():
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} has no effect with --recipe paper")
+    defaults = dict(dtype="float32", teacher_init="scratch", student_init="scratch")
+    defaults |= DEFAULTS[args.dataset] | (PAPER if args.recipe == "paper" else {})
     defaults.setdefault("protocol", "full")
     if args.recipe == "paper":
         defaults.pop("max_iters")  # counted in epochs: open_run knows how long one is
-    defaults |= dict(dtype="bfloat16" if cuda else "float32")
-    defaults |= dict(workers=4 if cuda or args.cache == "off" else 0)
-    if "transkd" not in args.method:
+    if model.get_device(args.device).type == "cuda":
+        bf16 = torch.cuda.get_device_capability()[0] >= 8  # older ones only emulate it
+        defaults |= dict(dtype="bfloat16" if bf16 else "float16")
+    if "transkd" not in args.method or args.feature_loss == "none":
         defaults.pop("csf_norm", None)
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -638,16 +666,17 @@ def resolve(args):
     for name in (args.student, args.teacher):
         if name not in model.MODELS:
             raise UserError(f"unknown model '{name}': choose one of {', '.join(model.MODELS)}")
-    for flag in ("teacher_ckpt", "teacher_batch_size", "teacher_iters"):
-        if args.method == "none" and getattr(args, flag) is not None:
-            raise UserError(f"--{flag.replace('_', '-')} has no effect on --method none")
     if not 1 <= len(args.crop_size) <= 2 or min(args.crop_size) < 32:
         raise UserError(f"--crop-size {args.crop_size}: one or two numbers, at least 32 each")
+    if args.batch_size == args.accumulate and max(args.crop_size) < 64:
+        raise UserError("one image at a time needs a --crop-size of 64, for its batch norms")
     if not 0 < args.scale[0] <= args.scale[1]:
         raise UserError(f"--scale {args.scale}: two positive numbers, the smaller first")
-    for name in ("max_iters", "teacher_iters", "batch_size", "teacher_batch_size", "accumulate"):
-        if (getattr(args, name) or 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {value}: must be {low} to {high}")
     args.teacher_batch_size = args.teacher_batch_size or args.batch_size
 
 

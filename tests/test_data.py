@@ -164,6 +164,7 @@ def test_read_only_data_is_cached_in_the_home(folder, tmp_path, monkeypatch):
     assert isinstance(split, data.Packed) and list((tmp_path / "home/.cache").rglob("images.bin"))
     with pytest.raises(UserError, match="--cache off"):
         data.cache_folder(folder, folder / ".cache")
+    assert not list((tmp_path / "home/.cache").rglob("tmp*"))
 
 
 KILLED = """
@@ -253,6 +254,19 @@ def test_doctor_tells_of_files_in_no_split(folder, capsys):
     out, problem = check(folder, capsys)
     assert "4 files in images/ are in no split: p0, p3, p4, p5" in out and problem is None
     assert "4 files in labels/ are in no split: other, p3, p4, p5" in out
+
+
+def test_doctor_tells_of_images_in_both_splits(folder, capsys):
+    (folder / "val.txt").write_text("p0\np7\n")
+    out, problem = check(folder, capsys)
+    assert "1 images are in train and in val: p0" in out and problem
+
+
+def test_photos_of_16_bits_are_refused(folder):
+    path = folder / "images" / "p0.png"
+    Image.fromarray(np.full((40, 48), 60000, np.uint16)).save(path)
+    with pytest.raises(UserError, match="photos must have 8 bits a channel"):
+        data.read_image(path)
 
 
 @pytest.mark.parametrize(

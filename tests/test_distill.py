@@ -340,6 +340,11 @@ def test_methods_combine():
         ("kd+kd", {}, "twice"),
         ("kd", dict(csf_norm="batch"), "--csf-norm has no effect on --method kd"),
         ("none", dict(temperature=2.0), "--temperature has no effect"),
+        ("none+kd", {}, "none goes with no other"),
+        ("transkd-base", dict(feature_loss="none", embed="none"), "nothing for it to act on"),
+        ("transkd-base", dict(feature_loss="none", csf_norm="batch"), "--csf-norm: there is"),
+        ("transkd-ea", dict(gl_residual=True), "--gl-init or --gl-residual: there is"),
+        ("transkd-gl", dict(embed="2"), "the mixer of stage 4: there is"),
     ],
 )
 def test_bad_specs(spec, options, words):

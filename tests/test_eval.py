@@ -218,6 +218,33 @@ def test_json_is_one_object_and_nothing_else(monkeypatch, capsys, folder, ckpt):
     assert "6 images" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--window", "31"], "--window 31: at least 32"),
+        (["--window", "32", "--stride", "64"], "or there would be gaps"),
+        (["--stride", "64"], "--stride 64: 1 to --window"),
+        (["--scales", "0"], "--scales must be above 0"),
+        (["--scales", "nan"], "--scales must be above 0"),
+        (["--short-side", "64"], "--short-side goes with --image"),
+        (["--split", "tests"], "folder has no split 'tests': choose train, val"),
+        (["--device", "abacus"], "--device abacus: "),
+        (["--image", "/nowhere"], "/nowhere: no such file"),
+    ],
+)
+def test_mistakes(monkeypatch, folder, ckpt, more, message):
+    with pytest.raises(model.UserError) as e:
+        run(monkeypatch, "--ckpt", ckpt, "--data-dir", folder, *more)
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"sky\nroad", b"PK\x03\x04 not a zip"])
+def test_files_that_are_no_checkpoints(monkeypatch, tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(model.UserError, match="a.pt: not a checkpoint of tensors"):
+        run(monkeypatch, "--ckpt", tmp_path / "a.pt")
+
+
 def test_photos(monkeypatch, tmp_path, ckpt):
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()

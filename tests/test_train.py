@@ -216,9 +216,11 @@ def test_recipe_paper(folder, tmp_path):
     assert args.csf_norm == "batch" and args.class_weights == args.protocol == "paper"
     assert run_.augment.crop == (512, 614) and run_.augment.fit and run_.augment.label_stride == 4
     assert run_.facts["std"] == [1.0] * 3 and run_.facts["resize"] == 512
-    metrics = run(folder, tmp_path / "out", "--recipe", "paper", "--max-iters", "1")
+    more = [*small, "--max-iters", "1", "--out-dir", str(tmp_path / "out")]
+    train.main(train.get_args(["--dataset", "folder", "--data-dir", str(folder), *more]))
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["student"]["protocol"] == "paper"
-    default = train.get_args(words(folder, tmp_path, "--recipe", "paper", "--method", "kd"))
+    default = train.get_args([*small, "--method", "kd"])
     train.resolve(default)
     assert default.csf_norm is None  # not an option of kd
 
@@ -398,6 +400,18 @@ MISTAKES = {
     "no such method": (["--method", "magic"], None, "unknown method 'magic': choose among none"),
     "no data dir": (["--data-dir", "/nowhere"], None, "--data-dir /nowhere: no such folder"),
     "small crop": (["--crop-size", "31"], None, "at least 32"),
+    "no epochs": (["--max-iters", "0"], None, "--max-iters 0: must be 1 to"),
+    "negative seed": (["--seed", "-1"], None, "--seed -1: must be 0 to"),
+    "ema of 1": (["--ema", "1"], None, "--ema 1.0: must be 0 to 0.99999"),
+    "no such device": (["--device", "abacus"], None, "--device abacus: "),
+    "binary list": ([], lambda d: (d / "val.txt").write_bytes(b"\xff\xfe"), "not a text file"),
+    "crop of the paper": (["--recipe", "paper"], None, "--crop-size has no effect with --recipe"),
+    "one image": (["--batch-size", "1"], None, "one image at a time needs a --crop-size of 64"),
+    "tiny image": (
+        [],
+        lambda d: [swap(d / k / "p2.png", Image.new("L", (31, 40))) for k in ("images", "labels")],
+        "p2.png: 31x40, 32x32 is the smallest",
+    ),
     "odd batch": (["--batch-size", "3", "--accumulate", "2"], None, "does not divide"),
     "useless flag": (
         ["--method", "none", "--embed", "2"],
@@ -491,6 +505,23 @@ def test_no_space_left_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch):
     assert model.load_tensors(out / "last.pt")["step"] == 2
     assert not [p for p in out.iterdir() if ".tmp" in p.name]
     run(folder, out, "--method", "none", "--save-every", "0", "--resume")
+
+
+def test_unwritable_places_are_one_line(folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    child = command(*words(folder, tmp_path / "file" / "out"))
+    _, errors = child.communicate()
+    assert child.returncode == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_a_log_cut_off_by_a_crash_can_be_resumed(folder, tmp_path):
+    more = ["--method", "none", "--save-every", "0"]
+    run(folder, tmp_path / "out", *more)
+    with open(tmp_path / "out" / "log.jsonl", "a") as f:
+        f.write('{"stage": "stud')
+    run(folder, tmp_path / "out", *more, "--resume")
+    lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert lines and all(json.loads(line)["stage"] == "student" for line in lines)
 
 
 def test_ctrl_c_while_waiting_is_quiet(folder, tmp_path):
