@@ -338,6 +338,18 @@ def run_stage(run, stage, name, method="none", teacher=None):
     return freeze(net, run.device), run.facts
 
 
+def find_teacher(run):
+    """The teacher of --teacher-ckpt, scored like one that was trained here: (net, facts)."""
+    net, facts = model.load(run.args.teacher_ckpt)
+    data.check_classes(run.args.teacher_ckpt, net, run.dataset)
+    freeze(net, run.device)
+    if "teacher" not in run.results:
+        costs = flops.measure_named(net.name, net.num_classes, run.augment.crop)
+        metrics = score(run, "teacher", net, 0, facts)
+        run.results["teacher"] = dict(model=net.name, steps=0, seconds=0.0) | costs | metrics
+    return net, facts
+
+
 def freeze(net, device):
     net.to(device).to(memory_format=torch.channels_last)
     return net.eval().requires_grad_(False)
@@ -452,10 +464,10 @@ def class_weights(run, split):
     return (1 / torch.log(1.10 + pixels / pixels.sum())).float()
 
 
-def score(run, stage, net, step):
+def score(run, stage, net, step, facts=None):
     """Metrics on the val split, of which every process scores its share."""
     how = (run.device, run.args.dtype, run.args.protocol, run.args.eval_batch_size)
-    metrics = evaluation.evaluate(net, run.val, run.facts, *how)
+    metrics = evaluation.evaluate(net, run.val, facts or run.facts, *how)
     run.print(f"{stage:7s} {step:6d} mIoU {evaluation.percent(metrics['miou'])}")
     run.log(stage=stage, step=step, miou=metrics["miou"], pixel_acc=metrics["pixel_acc"])
     return metrics
@@ -553,8 +565,10 @@ def pictures(run, nets, titles, rows=4, width=320):
     grid = []
     for i in np.linspace(0, len(run.val) - 1, min(rows, len(run.val))).astype(int):
         image, label = run.val.pair(i)
-        x = evaluation.prepare(image, run.facts, run.facts["resize"]).to(run.device)
-        maps = [evaluation.predict(n, x, label.shape).argmax(dim=1)[0].cpu().numpy() for n in nets]
+        maps = []
+        for net, facts in nets:
+            x = evaluation.prepare(image, facts, facts["resize"]).to(run.device)
+            maps.append(evaluation.predict(net, x, label.shape).argmax(dim=1)[0].cpu().numpy())
         row = [image, *(evaluation.paint(ids, run.dataset.palette) for ids in [label, *maps])]
         size = (width, width * image.shape[0] // image.shape[1])
         row = [np.asarray(Image.fromarray(p).resize(size, Image.NEAREST)) for p in row]
@@ -688,15 +702,13 @@ def main(args):
     nets, teacher = [], None
     if args.method != "none":
         if args.teacher_ckpt:
-            net, facts = model.load(args.teacher_ckpt)
-            data.check_classes(args.teacher_ckpt, net, run.dataset)
-            teacher = freeze(net, run.device), facts
+            teacher = find_teacher(run)
         else:
             teacher = run_stage(run, "teacher", args.teacher)
-            nets.append(teacher[0])
+        nets.append(teacher)
         if args.alone:
-            nets.append(run_stage(run, "alone", args.student)[0])
-    nets.append(run_stage(run, "student", args.student, args.method, teacher)[0])
+            nets.append(run_stage(run, "alone", args.student))
+    nets.append(run_stage(run, "student", args.student, args.method, teacher))
     if run.rank == 0:
         report(run, nets)
     parallel.stop()

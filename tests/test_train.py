@@ -158,7 +158,9 @@ def test_a_teacher_that_is_there_is_not_trained(folder, tmp_path):
     ckpt = str(tmp_path / "a" / "teacher.pt")
     before = Path(ckpt).read_bytes()
     metrics = run(folder, tmp_path / "b", "--teacher-ckpt", ckpt)
-    assert "teacher" not in metrics and not (tmp_path / "b" / "teacher.pt").exists()
+    assert not (tmp_path / "b" / "teacher.pt").exists() and metrics["teacher"]["steps"] == 0
+    trained = json.loads((tmp_path / "a" / "metrics.json").read_text())["teacher"]
+    assert metrics["teacher"]["miou"] == trained["miou"]
     assert Path(ckpt).read_bytes() == before
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
