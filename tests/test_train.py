@@ -332,7 +332,8 @@ torch.save = killed
 train.main(train.get_args(sys.argv[1:]))
 """
     more = ["--method", "none", "--save-every", "0"]
-    done = subprocess.run([sys.executable, "-c", code, *words(folder, out, *more)])
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: the bits depend on it
+    done = subprocess.run([sys.executable, "-c", code, *words(folder, out, *more)], env=env)
     assert done.returncode == -signal.SIGKILL
     assert train.model.load_tensors(out / "last.pt")["step"] == 2
     run(folder, out, *more, "--resume")
