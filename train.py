@@ -163,6 +163,10 @@ class Run:
     state: dict | None = None  # last.pt, while a stage is to be resumed
     signals: list = dataclasses.field(default_factory=list)  # that came in
 
+    def images(self, stage):
+        """The split that a stage learns from."""
+        return self.train if stage == "teacher" else self.few
+
     def print(self, *words):
         if self.rank == 0:
             print(*words, flush=True)
@@ -239,9 +243,9 @@ def command_line(args):
         flag = "--" + name.replace("_", "-")
         if isinstance(value, list):
             words += [flag, *map(str, value)]
-        elif value is True:
-            words.append(flag)
-        elif value not in (None, False):
+        elif isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
             words += [flag, str(value)]
     return " ".join(words)
 
@@ -323,15 +327,13 @@ def run_stage(run, stage, name, method="none", teacher=None):
     options = options if method != "none" or args.method == "none" else {}
     method = distill.build_method(method, net.channels, channels, METHODS, **options)
     extra = model.count_parameters(method)
-    of = len(run.train if is_teacher else run.few)
+    of = len(run.images(stage))
     adapters = f", {extra:,} more parameters to train" * (extra > 0)
     run.print(f"{iters} steps of {batch_size}, from {of} images{adapters}")
     start = time.time()
     net = train_stage(run, stage, net, method, teacher, iters, batch_size)
     seconds = round(time.time() - start, 1)
-    costs = flops.measure_named(name, len(run.dataset.classes), run.augment.crop)
-    metrics = score(run, stage, net, iters)
-    run.results[stage] = dict(model=name, steps=iters, seconds=seconds) | costs | metrics
+    record(run, stage, net, run.facts, iters, seconds)
     if run.rank == 0:
         model.save(path, net, **run.facts)
     save_state(run)
@@ -344,10 +346,15 @@ def find_teacher(run):
     data.check_classes(run.args.teacher_ckpt, net, run.dataset)
     freeze(net, run.device)
     if "teacher" not in run.results:
-        costs = flops.measure_named(net.name, net.num_classes, run.augment.crop)
-        metrics = score(run, "teacher", net, 0, facts)
-        run.results["teacher"] = dict(model=net.name, steps=0, seconds=0.0) | costs | metrics
+        record(run, "teacher", net, facts, steps=0, seconds=0.0)
     return net, facts
+
+
+def record(run, stage, net, facts, steps, seconds):
+    """A finished net's scores and costs, as they go into metrics.json."""
+    costs = flops.measure_named(net.name, net.num_classes, run.augment.crop)
+    metrics = score(run, stage, net, facts, steps)
+    run.results[stage] = dict(model=net.name, steps=steps, seconds=seconds) | costs | metrics
 
 
 def freeze(net, device):
@@ -358,7 +365,7 @@ def freeze(net, device):
 def train_stage(run, stage, net, method, teacher, iters, batch_size):
     """Train `net` for `iters` steps; returns the net to keep (its running average with --ema)."""
     args, device = run.args, run.device
-    split = run.train if stage == "teacher" else run.few
+    split = run.images(stage)
     learner = Learner(net, method, class_weights(run, split)).to(device)
     learner = learner.to(memory_format=torch.channels_last)
     if run.world > 1:
@@ -393,8 +400,7 @@ def loop(run, stage, wrapped, parts, teacher, schedule, batch_size, first):
     args, total = run.args, schedule["total"]
     learner, optimizer, scaler = parts["learner"], parts["optimizer"], parts["scaler"]
     watch = Watch(run, stage, first, total, batch_size)
-    split = run.train if stage == "teacher" else run.few
-    batches = make_batches(run, split, batch_size, first, total)
+    batches = make_batches(run, run.images(stage), batch_size, first, total)
     learner.train()
     saved = time.time()
     for step in range(first, total):
@@ -422,7 +428,7 @@ def loop(run, stage, wrapped, parts, teacher, schedule, batch_size, first):
             watch.report(step, lr)
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < total:
             kept = parts["ema"].module if args.ema else learner.student
-            score(run, stage, kept, step + 1)
+            score(run, stage, kept, run.facts, step + 1)
         if stopping or time.time() - saved > args.save_every:
             watch.check()
             save_state(run, stage, step + 1, parts)
@@ -464,10 +470,10 @@ def class_weights(run, split):
     return (1 / torch.log(1.10 + pixels / pixels.sum())).float()
 
 
-def score(run, stage, net, step, facts=None):
+def score(run, stage, net, facts, step):
     """Metrics on the val split, of which every process scores its share."""
     how = (run.device, run.args.dtype, run.args.protocol, run.args.eval_batch_size)
-    metrics = evaluation.evaluate(net, run.val, facts or run.facts, *how)
+    metrics = evaluation.evaluate(net, run.val, facts, *how)
     run.print(f"{stage:7s} {step:6d} mIoU {evaluation.percent(metrics['miou'])}")
     run.log(stage=stage, step=step, miou=metrics["miou"], pixel_acc=metrics["pixel_acc"])
     return metrics
@@ -613,8 +619,8 @@ def get_args(argv=None):
     p.add_argument("--student", help=f"one of {', '.join(model.MODELS)}")
     p.add_argument("--teacher", help="likewise; one that finds what the student would not")
     p.add_argument("--teacher-ckpt", help="a trained one (teacher.pt of a run): no training")
-    p.add_argument("--teacher-init", help="scratch (the default), or a file of weights")
-    p.add_argument("--student-init", help="scratch (the default), or a file of weights")
+    p.add_argument("--teacher-init", default="scratch", help="scratch, or a file of weights")
+    p.add_argument("--student-init", default="scratch", help="scratch, or a file of weights")
     p.add_argument("--method", default="transkd-base", help=f"{', '.join(METHODS)}; or a+b")
     p.add_argument("--alone", action=yes_or_no, help="also train the student by itself")
     p.add_argument("--student-images", type=int, help="only N of the training images (all)")
@@ -663,7 +669,7 @@ def resolve(args):
     for name in PAPER_DECIDES if args.recipe == "paper" else ():
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} has no effect with --recipe paper")
-    defaults = dict(dtype="float32", teacher_init="scratch", student_init="scratch")
+    defaults = dict(dtype="float32")
     defaults |= DEFAULTS[args.dataset] | (PAPER if args.recipe == "paper" else {})
     defaults.setdefault("protocol", "full")
     if args.recipe == "paper":

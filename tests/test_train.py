@@ -141,6 +141,7 @@ def test_the_whole_job(folder, tmp_path, capsys):
 
 def test_the_command_line_it_prints_is_the_run(folder, tmp_path):
     more = ["--alone", "--crop-size", "32", "64", "--temperature", "2", "--method", "kd"]
+    more += ["--clip", "0", "--colour", "0"]
     args = train.get_args(words(folder, tmp_path / "out", *more))
     train.resolve(args)
     train.open_run(args)
@@ -151,6 +152,8 @@ def test_the_command_line_it_prints_is_the_run(folder, tmp_path):
     train.resolve(again)
     train.open_run(again)
     assert train.settings(again) == train.settings(args)
+    args.alone = False
+    assert "--no-alone" in train.command_line(args)
 
 
 def test_a_teacher_that_is_there_is_not_trained(folder, tmp_path):
