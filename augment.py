@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from distill import IGNORE
-from model import UserError
+from files import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import PatchEmbed, UserError, init_weights, resize
+from files import UserError
+from model import PatchEmbed, init_weights, resize
 from parallel import process_mean, rank_and_world
 
 IGNORE = 255  # the label of pixels that no loss and no metric looks at

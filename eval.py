@@ -21,11 +21,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+import catalog
 import data
+import files
 import model
 from augment import normalise
 from distill import IGNORE
-from model import UserError, resize
+from files import UserError
+from model import resize
 from parallel import rank_and_world
 
 # ------------------------------------------------------------------------------------------------
@@ -239,7 +242,7 @@ def overlay(image, ids, classes, palette):
 
 
 def save_image(picture, path):
-    with model.atomic(path) as tmp:
+    with files.atomic(path) as tmp:
         picture.save(tmp, format="PNG")
 
 
@@ -249,7 +252,7 @@ def label_photos(net, facts, args, views):
     source = Path(args.image)
     paths = [source]
     if source.is_dir():
-        paths = [p for p in sorted(source.iterdir()) if p.suffix.lower() in data.IMAGE_SUFFIXES]
+        paths = [p for p in sorted(source.iterdir()) if p.suffix.lower() in catalog.IMAGE_SUFFIXES]
     if not paths or not source.exists():
         raise UserError(f"{source}: " + ("no photos in it" if source.is_dir() else "no such file"))
     if not args.out_dir:
@@ -257,7 +260,7 @@ def label_photos(net, facts, args, views):
     stems = [p.stem for p in paths]
     out = Path(args.out_dir)
     for k, path in enumerate(paths):
-        image = data.read_image(path)
+        image = catalog.read_image(path)
         x = prepare(image, facts, args.short_side or facts["short_side"]).to(args.device)
         with autocast(args.device, args.dtype):
             ids = predict(net, x, image.shape[:2], **views).argmax(dim=1)[0]
@@ -295,7 +298,9 @@ def get_args():
     )
     p.add_argument("--ckpt", required=True, help="student.pt or teacher.pt of a run")
     # what to score
-    p.add_argument("--dataset", help=f"one of {', '.join(data.DATASETS)} (default: the run's own)")
+    p.add_argument(
+        "--dataset", help=f"one of {', '.join(catalog.DATASETS)} (default: the run's own)"
+    )
     p.add_argument("--data-dir", help="the folder that holds it")
     p.add_argument("--split", default="val", help="val, train, or test if there is one")
     p.add_argument("--cache", choices=("on", "off"), default="on", help="decode the files once")
@@ -341,8 +346,8 @@ def main(args):
         net.to(args.device)
         if args.image:
             return label_photos(net, facts, args, views)
-        dataset = data.open_dataset(args.dataset or facts["dataset"], args.data_dir)
-        data.check_classes(args.ckpt, net, dataset)
+        dataset = catalog.open_dataset(args.dataset or facts["dataset"], args.data_dir)
+        catalog.check_classes(args.ckpt, net, dataset)
         split = data.open_split(dataset, args.split, args.data_dir, args.cache, args.cache_dir)
         metrics = evaluate(
             net, split, facts, args.device, args.dtype, args.protocol, args.batch_size, **views
@@ -355,4 +360,4 @@ def main(args):
 
 if __name__ == "__main__":
     cli_args = get_args()
-    model.cli(main, cli_args)
+    files.cli(main, cli_args)

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import baselines
 import distill
+import files
 import model
 
 METHODS = {**distill.METHODS, **baselines.METHODS}
@@ -128,7 +129,7 @@ def get_args():
 def main(args):
     model.get_device(args.device)
     if args.csf_norm and not args.method:
-        raise model.UserError("--csf-norm has no effect without --method")
+        raise files.UserError("--csf-norm has no effect without --method")
     table = list(rows(args))
     if args.json:
         print(json.dumps(table))
@@ -145,4 +146,4 @@ def main(args):
 
 if __name__ == "__main__":
     cli_args = get_args()
-    model.cli(main, cli_args)
+    files.cli(main, cli_args)

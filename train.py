@@ -27,13 +27,15 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import augment
+import catalog
 import data
 import distill
 import eval as evaluation
+import files
 import flops
 import model
 import parallel
-from model import UserError
+from files import UserError
 
 METHODS = flops.METHODS
 
@@ -151,7 +153,7 @@ class Run:
     args: argparse.Namespace
     out: Path
     device: torch.device
-    dataset: data.Dataset
+    dataset: catalog.Dataset
     train: object  # the splits: data.Packed or data.Files; the teacher's training images,
     few: object  # the student's, which may be fewer,
     val: object  # and those that score both
@@ -192,7 +194,7 @@ def open_run(args):
     found = [f for f in names if (out / f).exists()]
     if found and not args.resume:
         raise UserError(f"{out} holds a run ({found[0]}): pass --resume, or another --out-dir")
-    dataset = data.open_dataset(args.dataset, args.data_dir)
+    dataset = catalog.open_dataset(args.dataset, args.data_dir)
     cache = (args.data_dir, args.cache, args.cache_dir, args.cache_gb)
     train, val = parallel.first_then_others(
         lambda: [data.open_split(dataset, split, *cache) for split in ("train", "val")]
@@ -258,7 +260,7 @@ def resume(run):
             log.unlink(missing_ok=True)
         run.print(f"{path} is not there: nothing to resume, starting from the beginning")
         return
-    state = model.load_tensors(path)
+    state = files.load_tensors(path)
     if not isinstance(state, dict) or state.get("format") != "run-state-1":
         raise UserError(f"{path}: not the state of a run; was another file put in its place?")
     for name, now in settings(run.args).items():
@@ -273,7 +275,7 @@ def resume(run):
                 record = json.loads(line)
                 if record["stage"] in run.results or record["step"] <= state["step"]:
                     keep.append(line + "\n")
-        with model.atomic(log) as tmp:
+        with files.atomic(log) as tmp:
             Path(tmp).write_text("".join(keep))
 
 
@@ -283,7 +285,7 @@ def save_state(run, stage=None, step=0, parts=None):
         tree = dict(format="run-state-1", stage=stage, step=step, results=run.results)
         tree |= dict(settings=settings(run.args))
         tree |= {name: part.state_dict() for name, part in (parts or {}).items()}
-        model.save_tensors(run.out / "last.pt", tree)
+        files.save_tensors(run.out / "last.pt", tree)
 
 
 def catch_signals(run):
@@ -343,7 +345,7 @@ def run_stage(run, stage, name, method="none", teacher=None):
 def find_teacher(run):
     """The teacher of --teacher-ckpt, scored like one that was trained here: (net, facts)."""
     net, facts = model.load(run.args.teacher_ckpt)
-    data.check_classes(run.args.teacher_ckpt, net, run.dataset)
+    catalog.check_classes(run.args.teacher_ckpt, net, run.dataset)
     freeze(net, run.device)
     if "teacher" not in run.results:
         record(run, "teacher", net, facts, steps=0, seconds=0.0)
@@ -543,7 +545,7 @@ def report(run, nets):
     student = run.results["student"]
     cost = {k: student[k] for k in ("params", "gmacs", "attention_gmacs", "executed_gmacs")}
     tree = dict(miou=student["miou"], deployed=cost) | run.results
-    with model.atomic(run.out / "metrics.json") as tmp:
+    with files.atomic(run.out / "metrics.json") as tmp:
         text = json.dumps(tree | dict(settings=settings(run.args)), indent=1)
         Path(tmp).write_text(text + "\n")
     head = f"{'params':>7s} {'GMACs':>7s} {'mIoU':>7s} {'pixel acc.':>11s} {'boundary IoU':>13s}"
@@ -614,7 +616,7 @@ def get_args(argv=None):
     )
     yes_or_no = argparse.BooleanOptionalAction
     # what
-    p.add_argument("--dataset", default="scenes", help=f"one of {', '.join(data.DATASETS)}")
+    p.add_argument("--dataset", default="scenes", help=f"one of {', '.join(catalog.DATASETS)}")
     p.add_argument("--data-dir", help="the folder that holds it (scenes are drawn, and need none)")
     p.add_argument("--student", help=f"one of {', '.join(model.MODELS)}")
     p.add_argument("--teacher", help="likewise; one that finds what the student would not")
@@ -663,8 +665,8 @@ def get_args(argv=None):
 
 def resolve(args):
     """Fill in what was not given, from recipe and data set, and check what can be checked."""
-    if args.dataset not in data.DATASETS:
-        names = ", ".join(data.DATASETS)
+    if args.dataset not in catalog.DATASETS:
+        names = ", ".join(catalog.DATASETS)
         raise UserError(f"unknown dataset '{args.dataset}': choose one of {names}")
     for name in PAPER_DECIDES if args.recipe == "paper" else ():
         if getattr(args, name) is not None:
@@ -722,4 +724,4 @@ def main(args):
 
 if __name__ == "__main__":
     cli_args = get_args()
-    model.cli(main, cli_args)
+    files.cli(main, cli_args)

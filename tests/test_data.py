@@ -14,9 +14,12 @@ import pytest
 from conftest import picture, write_folder
 from PIL import Image
 
+import catalog
 import data
+import doctor
+import prepare
 import scenes
-from model import UserError
+from files import UserError
 
 
 def write_camvid(root, n=3):
@@ -36,10 +39,10 @@ def write_camvid(root, n=3):
 
 
 def test_folder(folder):
-    dataset = data.open_dataset("folder", folder)
+    dataset = catalog.open_dataset("folder", folder)
     assert dataset.classes == ("thing 0", "thing 1", "thing 2")
     assert {k: len(v) for k, v in dataset.pairs.items()} == {"train": 6, "val": 3}
-    image, label = data.read_pair(dataset.pairs["train"][2], dataset.table)
+    image, label = catalog.read_pair(dataset.pairs["train"][2], dataset.table)
     want_image, want_label = picture(2)
     assert np.array_equal(image, want_image) and np.array_equal(label[:, 1:], want_label[:, 1:])
     assert (label[:, 0] == 255).all()
@@ -47,29 +50,29 @@ def test_folder(folder):
 
 def test_classes_txt_with_colours(folder):
     (folder / "classes.txt").write_text("traffic light 1 2 3\nroad\nlane 2, 9, 8, 7\n")
-    dataset = data.open_dataset("folder", folder)
+    dataset = catalog.open_dataset("folder", folder)
     assert dataset.classes == ("traffic light", "road", "lane 2")
     assert dataset.palette[0] == (1, 2, 3) and dataset.palette[2] == (9, 8, 7)
 
 
 def test_classes_are_counted_without_classes_txt(folder):
     (folder / "classes.txt").unlink()
-    assert data.open_dataset("folder", folder).classes == ("class 0", "class 1", "class 2")
+    assert catalog.open_dataset("folder", folder).classes == ("class 0", "class 1", "class 2")
 
 
 def test_camvid_void_is_ignored(tmp_path):
-    dataset = data.open_dataset("camvid", write_camvid(tmp_path / "camvid"))
+    dataset = catalog.open_dataset("camvid", write_camvid(tmp_path / "camvid"))
     assert len(dataset.classes) == 11 and dataset.classes[10] == "bicyclist"
-    _, label = data.read_pair(dataset.pairs["val"][0], dataset.table)
+    _, label = catalog.read_pair(dataset.pairs["val"][0], dataset.table)
     assert (label[:, -2:] == 255).all() and set(np.unique(label)) <= {*range(11), 255}
 
 
 def test_nyuv2_has_40_classes_and_void_is_not_the_first(tmp_path):
     root = write_folder(tmp_path / "nyu", classes=40)
     (root / "classes.txt").unlink()
-    dataset = data.open_dataset("nyuv2", root)
+    dataset = catalog.open_dataset("nyuv2", root)
     assert len(dataset.classes) == 40 and dataset.classes[19] == "floor mat"
-    _, label = data.read_pair(dataset.pairs["train"][0], dataset.table)
+    _, label = catalog.read_pair(dataset.pairs["train"][0], dataset.table)
     assert (label[:, 0] == 255).all()
 
 
@@ -80,11 +83,11 @@ def test_palette_images_are_read_as_indices(folder):
     p.putpalette([7, 7, 7, 200, 100, 0] * 128)
     p.putdata(label.ravel().tolist())
     p.save(path)
-    assert np.array_equal(data.read_label(path), label)
+    assert np.array_equal(catalog.read_label(path), label)
 
 
 def test_colours_are_distinct_and_voc():
-    colours = data.colours(255)
+    colours = catalog.colours(255)
     assert len(set(colours)) == 255 and colours[0] == (128, 0, 0) and colours[2] == (128, 128, 0)
 
 
@@ -94,7 +97,7 @@ def test_exif_orientation_is_respected(folder):
     exif[0x0112] = 6
     turned = Image.fromarray(np.rot90(image, 1))  # stored on its side
     turned.save(folder / "images" / "p0.png", exif=exif)
-    assert np.array_equal(data.read_image(folder / "images" / "p0.png"), image)
+    assert np.array_equal(catalog.read_image(folder / "images" / "p0.png"), image)
 
 
 def test_scenes_are_deterministic_and_cover_their_classes():
@@ -103,15 +106,15 @@ def test_scenes_are_deterministic_and_cover_their_classes():
     assert not np.array_equal(a[1], scenes.draw(6)[1])
     found = np.unique(np.concatenate([scenes.draw(i)[1].ravel() for i in range(60)]))
     assert found.tolist() == [*range(11), 255]
-    dataset = data.open_dataset("scenes")
+    dataset = catalog.open_dataset("scenes")
     assert not set(dataset.pairs["train"]) & set(dataset.pairs["val"])
 
 
 def test_exported_scenes_are_a_folder(tmp_path, capsys):
-    data.export_scenes(SimpleNamespace(out_dir=str(tmp_path / "s"), count=3))
-    dataset = data.open_dataset("folder", tmp_path / "s")
+    prepare.export_scenes(SimpleNamespace(out_dir=str(tmp_path / "s"), count=3))
+    dataset = catalog.open_dataset("folder", tmp_path / "s")
     assert dataset.classes == tuple(name for name, _ in scenes.CLASSES)
-    image, label = data.read_pair(dataset.pairs["val"][1], dataset.table)
+    image, label = catalog.read_pair(dataset.pairs["val"][1], dataset.table)
     want = scenes.draw(int(dataset.pairs["val"][1][0]))
     assert np.array_equal(image, want[0]) and np.array_equal(label, want[1])
 
@@ -128,7 +131,7 @@ def test_cache_holds_what_the_files_hold(folder, tmp_path):
     image, label = picture(77, 37, 91)  # sizes may differ
     Image.fromarray(image).save(folder / "images" / "p1.png")
     Image.fromarray(label).save(folder / "labels" / "p1.png")
-    dataset = data.open_dataset("folder", folder)
+    dataset = catalog.open_dataset("folder", folder)
     cached = data.open_split(dataset, "train", folder)
     assert isinstance(cached, data.Packed) and list((folder / ".cache").iterdir())
     files = data.open_split(dataset, "train", folder, cache="off")
@@ -138,7 +141,7 @@ def test_cache_holds_what_the_files_hold(folder, tmp_path):
 
 
 def test_cache_is_built_once_and_anew_when_a_file_changes(folder, monkeypatch):
-    dataset = data.open_dataset("folder", folder)
+    dataset = catalog.open_dataset("folder", folder)
     first = data.open_split(dataset, "train", folder)
     monkeypatch.setattr(data, "decode", None)  # to build again would fail
     data.open_split(dataset, "train", folder)
@@ -146,12 +149,12 @@ def test_cache_is_built_once_and_anew_when_a_file_changes(folder, monkeypatch):
     image, label = picture(99)
     Image.fromarray(image).save(folder / "images" / "p3.png")
     Image.fromarray(label).save(folder / "labels" / "p3.png")
-    again = data.open_split(data.open_dataset("folder", folder), "train", folder)
+    again = data.open_split(catalog.open_dataset("folder", folder), "train", folder)
     assert np.array_equal(again.image(3), image) and not np.array_equal(first.image(3), image)
 
 
 def test_cache_too_large_is_not_built(folder, capsys):
-    dataset = data.open_dataset("folder", folder)
+    dataset = catalog.open_dataset("folder", folder)
     split = data.open_split(dataset, "train", folder, cache_gb=1e-6)
     assert isinstance(split, data.Files)
     assert "no cache, the files are read by worker processes" in capsys.readouterr().out
@@ -160,7 +163,7 @@ def test_cache_too_large_is_not_built(folder, capsys):
 def test_read_only_data_is_cached_in_the_home(folder, tmp_path, monkeypatch):
     (folder / ".cache").write_text("a file: no folder can be made here")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    split = data.open_split(data.open_dataset("folder", folder), "val", folder)
+    split = data.open_split(catalog.open_dataset("folder", folder), "val", folder)
     assert isinstance(split, data.Packed) and list((tmp_path / "home/.cache").rglob("images.bin"))
     with pytest.raises(UserError, match="--cache off"):
         data.cache_folder(folder, folder / ".cache")
@@ -170,14 +173,14 @@ def test_read_only_data_is_cached_in_the_home(folder, tmp_path, monkeypatch):
 KILLED = """
 import sys, time
 sys.path.insert(0, {root!r})
-import data
-read = data.read_pair
+import catalog, data
+read = catalog.read_pair
 def slow(*a):
     time.sleep(0.2)
     return read(*a)
 data.read_pair = slow
 print("building", flush=True)
-data.open_split(data.open_dataset("folder", {folder!r}), "train", {folder!r})
+data.open_split(catalog.open_dataset("folder", {folder!r}), "train", {folder!r})
 """
 
 
@@ -195,7 +198,7 @@ def test_kill_during_the_build_leaves_nothing_half_done(tmp_path):
     child.wait()
     (half,) = cache.iterdir()
     assert ".tmp" in half.name
-    dataset = data.open_dataset("folder", folder)
+    dataset = catalog.open_dataset("folder", folder)
     cached = data.open_split(dataset, "train", folder)
     assert contents(cached) == contents(data.open_split(dataset, "train", folder, cache="off"))
     os.utime(half, (0, 0))  # once nobody has worked on it for a while, it is cleared away
@@ -208,7 +211,7 @@ def test_kill_during_the_build_leaves_nothing_half_done(tmp_path):
 def test_failed_build_cleans_up(folder):
     (folder / "images" / "p4.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"p4.png: cannot be read as an image"):
-        data.open_split(data.open_dataset("folder", folder), "train", folder)
+        data.open_split(catalog.open_dataset("folder", folder), "train", folder)
     assert not list((folder / ".cache").iterdir())
 
 
@@ -218,7 +221,7 @@ def test_no_space_left(folder, monkeypatch):
 
     monkeypatch.setattr(data.np, "save", full)
     with pytest.raises(UserError, match="cannot build the cache .No space left"):
-        data.open_split(data.open_dataset("folder", folder), "train", folder)
+        data.open_split(catalog.open_dataset("folder", folder), "train", folder)
     assert not list((folder / ".cache").iterdir())
 
 
@@ -229,7 +232,7 @@ def test_no_space_left(folder, monkeypatch):
 def check(folder, capsys, name="folder"):
     problem = None
     try:
-        data.check(SimpleNamespace(dataset=name, data_dir=str(folder)))
+        doctor.check(SimpleNamespace(dataset=name, data_dir=str(folder)))
     except UserError as e:
         problem = str(e)
     return capsys.readouterr().out, problem
@@ -266,7 +269,7 @@ def test_photos_of_16_bits_are_refused(folder):
     path = folder / "images" / "p0.png"
     Image.fromarray(np.full((40, 48), 60000, np.uint16)).save(path)
     with pytest.raises(UserError, match="photos must have 8 bits a channel"):
-        data.read_image(path)
+        catalog.read_image(path)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import baselines
 import distill
+import files
 import model
 from distill import build_method
 
@@ -348,7 +349,7 @@ def test_methods_combine():
     ],
 )
 def test_bad_specs(spec, options, words):
-    with pytest.raises(model.UserError, match=words):
+    with pytest.raises(files.UserError, match=words):
         build_method(spec, STUDENT, TEACHER, METHODS, **options)
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-import data
+import catalog
 import eval as evaluation
+import files
 import model
 from augment import IMAGENET_MEAN, IMAGENET_STD
 
@@ -233,7 +234,7 @@ def test_json_is_one_object_and_nothing_else(monkeypatch, capsys, folder, ckpt):
     ],
 )
 def test_mistakes(monkeypatch, folder, ckpt, more, message):
-    with pytest.raises(model.UserError) as e:
+    with pytest.raises(files.UserError) as e:
         run(monkeypatch, "--ckpt", ckpt, "--data-dir", folder, *more)
     assert message in str(e.value)
 
@@ -241,7 +242,7 @@ def test_mistakes(monkeypatch, folder, ckpt, more, message):
 @pytest.mark.parametrize("content", [b"", b"x", b"sky\nroad", b"PK\x03\x04 not a zip"])
 def test_files_that_are_no_checkpoints(monkeypatch, tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(model.UserError, match="a.pt: not a checkpoint of tensors"):
+    with pytest.raises(files.UserError, match="a.pt: not a checkpoint of tensors"):
         run(monkeypatch, "--ckpt", tmp_path / "a.pt")
 
 
@@ -270,7 +271,7 @@ def test_photos(monkeypatch, tmp_path, ckpt):
 
 def test_scenes_can_be_scored_and_labelled_by_a_perfect_net():
     """The whole path on real pictures: a 'net' that is told the answer scores 1."""
-    pairs = Pairs(data.read_pair(i, None) for i in (1_000_000, 1_000_001))
+    pairs = Pairs(catalog.read_pair(i, None) for i in (1_000_000, 1_000_001))
     answers = iter(label for _, label in pairs)
 
     class Oracle(torch.nn.Module):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import files
 import model
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_segformer.json").read_text())
@@ -65,7 +66,7 @@ def test_equals_the_independent_implementation(name):
 
 
 def test_too_small_an_image():
-    with pytest.raises(model.UserError, match="31x64 pixels: nano needs 32x32"):
+    with pytest.raises(files.UserError, match="31x64 pixels: nano needs 32x32"):
         model.build("nano", 2)(torch.zeros(1, 3, 31, 64))
 
 
@@ -189,7 +190,7 @@ def test_load_weights_says_what_it_did(tmp_path, capsys):
     assert torch.equal(net.head.classifier.weight, head)
     assert torch.equal(net.head.fuse.weight, source.head.fuse.weight)
     torch.save({"other": torch.zeros(3)}, tmp_path / "b.pt")
-    with pytest.raises(model.UserError, match="none of its 1 tensors fits"):
+    with pytest.raises(files.UserError, match="none of its 1 tensors fits"):
         model.load_weights(net, tmp_path / "b.pt")
 
 
@@ -200,15 +201,15 @@ class Bomb:
 
 def test_no_code_in_a_file_is_run(tmp_path):
     torch.save({"state_dict": Bomb()}, tmp_path / "evil.pt")
-    with pytest.raises(model.UserError, match="not a checkpoint of tensors"):
+    with pytest.raises(files.UserError, match="not a checkpoint of tensors"):
         model.load(tmp_path / "evil.pt")
 
 
 def test_failed_save_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.pt"
-    model.save_tensors(path, {"x": torch.ones(3)})
-    with pytest.raises(ZeroDivisionError), model.atomic(path) as tmp:
+    files.save_tensors(path, {"x": torch.ones(3)})
+    with pytest.raises(ZeroDivisionError), files.atomic(path) as tmp:
         Path(tmp).write_text("half of it")
         raise ZeroDivisionError
-    assert torch.equal(model.load_tensors(path)["x"], torch.ones(3))
+    assert torch.equal(files.load_tensors(path)["x"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]

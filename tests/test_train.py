@@ -13,11 +13,13 @@ import torch
 from conftest import write_folder
 from PIL import Image
 
+import catalog
 import data
 import eval as evaluation
+import files
 import model
 import train
-from model import UserError
+from files import UserError
 
 ROOT = Path(train.__file__).parent
 SMALL = "--student nano --teacher nano --crop-size 32 --batch-size 4 --max-iters 6".split()
@@ -88,7 +90,7 @@ def test_class_weights_of_the_paper(folder):
     got = train.class_weights(got, got.train)
     counts = torch.zeros(3)
     for i in range(6):
-        label = torch.from_numpy(data.read_label(folder / "labels" / f"p{i}.png"))
+        label = torch.from_numpy(catalog.read_label(folder / "labels" / f"p{i}.png"))
         counts += torch.bincount(label[label != 255].long(), minlength=3)
     assert torch.allclose(got, 1 / torch.log(1.10 + counts / counts.sum()), atol=1e-5)
 
@@ -135,7 +137,7 @@ def test_the_whole_job(folder, tmp_path, capsys):
     assert "SCRATCH" in said and "student alone (nano)" in said and "eta" in said
     net, facts = model.load(out / "student.pt")
     assert not any("csf" in k or "pea" in k for k in net.state_dict())
-    split = data.open_split(data.open_dataset("folder", folder), "val", folder)
+    split = data.open_split(catalog.open_dataset("folder", folder), "val", folder)
     assert evaluation.evaluate(net, split, facts)["miou"] == pytest.approx(metrics["miou"])
 
 
@@ -338,7 +340,7 @@ train.main(train.get_args(sys.argv[1:]))
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: the bits depend on it
     done = subprocess.run([sys.executable, "-c", code, *words(folder, out, *more)], env=env)
     assert done.returncode == -signal.SIGKILL
-    assert train.model.load_tensors(out / "last.pt")["step"] == 2
+    assert files.load_tensors(out / "last.pt")["step"] == 2
     run(folder, out, *more, "--resume")
     run(folder, tmp_path / "whole", *more)
     assert same(weights(out), weights(tmp_path / "whole"))
@@ -508,7 +510,7 @@ def test_no_space_left_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no space left on the device that holds .*last.pt"):
         run(folder, out, "--method", "none", "--save-every", "0")
     monkeypatch.undo()
-    assert model.load_tensors(out / "last.pt")["step"] == 2
+    assert files.load_tensors(out / "last.pt")["step"] == 2
     assert not [p for p in out.iterdir() if ".tmp" in p.name]
     run(folder, out, "--method", "none", "--save-every", "0", "--resume")
 

@@ -1,0 +1,67 @@
+"""
+Errors for people, and files that are either whole or not there.
+"""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake the user can mend: shown as one line, exit code 2, no traceback."""
+
+
+def cli(main, args):
+    """Run a script's main; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except torch.OutOfMemoryError as e:
+        print(f"error: {str(e).splitlines()[0]} Try a smaller --batch-size.", file=sys.stderr)
+        sys.exit(2)
+    except (UserError, OSError, MemoryError) as e:  # a full disk, a folder that is not ours
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path` and rename it there at the end: whole file or none."""
+    path = os.fspath(path)
+    tmp = f"{path}.tmp{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        yield tmp
+        os.replace(tmp, path)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left on the device that holds {path}") from e
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+    finally:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+
+
+def save_tensors(path, tree):
+    """torch.save through a temporary file; a failed write leaves the old file as it was."""
+    with atomic(path) as tmp:
+        try:
+            torch.save(tree, tmp)
+        except RuntimeError as e:  # torch's zip writer reports a full disk as a RuntimeError
+            raise OSError(errno.ENOSPC, str(e)) from e
+
+
+def load_tensors(path):
+    """torch.load of tensors and plain values only: no code in a file is ever run."""
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # what unpickling rubbish may raise has no end
+        raise UserError(f"{path}: not a checkpoint of tensors ({type(e).__name__})") from e
