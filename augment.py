@@ -17,8 +17,6 @@ from PIL import Image
 from distill import IGNORE
 from files import UserError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 @dataclasses.dataclass
 class Augment:

@@ -15,28 +15,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import scenes
+from classes import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, COCO_STUFF_UNUSED, NYU40, VOC
 from distill import IGNORE
 from files import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-
-CAMVID = (
-    ("sky", (128, 128, 128)),
-    ("building", (128, 0, 0)),
-    ("pole", (192, 192, 128)),
-    ("road", (128, 64, 128)),
-    ("pavement", (60, 40, 222)),
-    ("tree", (128, 128, 0)),
-    ("sign symbol", (192, 128, 128)),
-    ("fence", (64, 64, 128)),
-    ("car", (64, 0, 128)),
-    ("pedestrian", (64, 64, 0)),
-    ("bicyclist", (0, 128, 192)),
-)
-NYU40 = """wall floor cabinet bed chair sofa table door window bookshelf picture counter blinds desk
-shelves curtain dresser pillow mirror floor_mat clothes ceiling books refrigerator television paper
-towel shower_curtain box whiteboard person night_stand toilet sink lamp bathtub bag otherstructure
-otherfurniture otherprop""".split()
 
 # ------------------------------------------------------------------------------------------------
 # what a data set is
@@ -48,7 +31,14 @@ class Dataset:
     classes: tuple  # K names
     palette: tuple  # K (r, g, b)
     table: np.ndarray  # (256,) int16: value in a file -> 0..K-1, IGNORE, or -1 (not allowed)
-    pairs: dict  # split -> [(stem, image path, label path)], or, for scenes, [index]
+    # split -> [(stem, image path, label path or None where labels are withheld)]; of scenes [index]
+    pairs: dict
+    ids: tuple | None = None  # K values that --save-preds writes, if not 0..K-1
+    in_parts: bool = False  # whether the first words of the stems are also scored apart
+
+    def parts_of(self, split):
+        """The part that each image of a split belongs to, or None if there are none."""
+        return [stem.split("/")[0] for stem, *_ in self.pairs[split]] if self.in_parts else None
 
 
 def colours(n):
@@ -60,10 +50,12 @@ def colours(n):
     )
 
 
-def label_table(num_classes, ignored=()):
+def label_table(ids, ignored=()):
+    """ids: the value of each class in the files, or their number if that is 0, 1, 2, ..."""
     table = np.full(256, -1, np.int16)
-    table[:num_classes] = np.arange(num_classes)
+    ids = range(ids) if isinstance(ids, int) else ids
     table[list(ignored)] = IGNORE
+    table[list(ids)] = np.arange(len(ids))
     return table
 
 
@@ -85,10 +77,27 @@ def open_dataset(name, data_dir=None):
     return dataset
 
 
-def check_classes(ckpt, net, dataset):
-    if net.num_classes != len(dataset.classes):
-        n = len(dataset.classes)
-        raise UserError(f"{ckpt} predicts {net.num_classes} classes, {dataset.name} has {n}")
+def check_classes(ckpt, net, facts, dataset):
+    """UserError if a checkpoint predicts another number of classes than the data set has."""
+    n = net.num_classes - (facts["void"] is not None)
+    if n != len(dataset.classes):
+        raise UserError(f"{ckpt} predicts {n} classes, {dataset.name} has {len(dataset.classes)}")
+
+
+def complete(facts, num_classes, dataset=None):
+    """facts with names and colours of its classes, where somebody else's checkpoint has none."""
+    n = num_classes - (facts["void"] is not None)
+    known = {19: [(name, colour) for name, _, colour in CITYSCAPES], 150: with_colours(ADE20K)}
+    if dataset:
+        names, palette = dataset.classes, dataset.palette
+    else:
+        names, palette = zip(*known.get(n) or with_colours([f"class {k}" for k in range(n)]))
+    names, palette = facts["classes"] or list(names), facts["palette"] or [list(c) for c in palette]
+    return facts | dict(classes=names, palette=palette)
+
+
+def with_colours(names):
+    return list(zip(names, colours(len(names))))
 
 
 def open_scenes():
@@ -129,14 +138,138 @@ def open_folder(root, name="folder", classes=None):
 
 def open_nyuv2(root):
     """NYU Depth v2 in the folder layout, with the 40 classes of Gupta et al. (CVPR 2013)."""
-    classes = [(name.replace("_", " "), c) for name, c in zip(NYU40, colours(40))]
-    dataset = open_folder(root, "nyuv2", classes)
+    dataset = open_folder(root, "nyuv2", with_colours(NYU40))
     if len(dataset.classes) != 40:
         raise UserError(f"{root}/classes.txt: {len(dataset.classes)} classes, NYUv2 has 40 here")
     return dataset
 
 
-DATASETS = {"scenes": None, "folder": open_folder, "camvid": open_camvid, "nyuv2": open_nyuv2}
+def open_cityscapes(root):
+    """The official tree: leftImg8bit/SPLIT/CITY/*_leftImg8bit.png and gtFine/."""
+    names, ids, palette = zip(*CITYSCAPES)
+    images = ("leftImg8bit", "{}/*", "_leftImg8bit.png")
+    table, pairs = open_street("cityscapes", root, images, ("gtFine", "_gtFine_"), ids)
+    return Dataset("cityscapes", names, palette, table, pairs, ids)
+
+
+def open_acdc(root):
+    """The official tree: rgb_anon/CONDITION/SPLIT/SEQUENCE/*_rgb_anon.png and gt/."""
+    names, ids, palette = zip(*CITYSCAPES)
+    if (root / "rgb_anon_trainvaltest").is_dir():  # unpacked into folders called as the archives
+        images = ("rgb_anon_trainvaltest/rgb_anon", "*/{}/*", "_rgb_anon.png")
+        labels = ("gt_trainval/gt", "_gt_")
+    else:
+        images, labels = ("rgb_anon", "*/{}/*", "_rgb_anon.png"), ("gt", "_gt_")
+    table, pairs = open_street("acdc", root, images, labels, ids)
+    return Dataset("acdc", names, palette, table, pairs, in_parts=True)
+
+
+def open_street(name, root, images, labels, ids):
+    """(table, pairs) of a tree of street scenes with Cityscapes' labels.
+
+    images: folder, pattern of the folders of a split, end of the names; labels: folder, start of
+    the ends of their names. labelTrainIds are used if all are there; they come of the official
+    preparation script, which nobody needs here: labelIds are mapped by the table as they are read.
+    """
+    (images, pattern, end), (folder, mark) = images, labels
+    found = {}  # split -> [(stem, image, label without its end)]
+    for split in ("train", "val", "test"):
+        found[split] = []
+        for image in sorted((root / images).glob(f"{pattern.format(split)}/*{end}")):
+            inner = image.relative_to(root / images)
+            stem = inner.as_posix()[: -len(end)]
+            label = f"{root / folder / stem}{mark}"
+            found[split].append((stem.replace(f"{split}/", "", 1), image, label))
+        if split != "test" and not found[split]:
+            raise UserError(
+                f"{root / images}: no {pattern.format(split)}/*{end} in it; 'python data.py "
+                f"download {name}' tells where to get {name} and where to put it"
+            )
+    known = [pair for split in ("train", "val") for pair in found[split]]
+    by_train_id = all(Path(f"{label}labelTrainIds.png").exists() for *_, label in known)
+    kind = "labelTrainIds.png" if by_train_id else "labelIds.png"
+    lost = [label + kind for *_, label in known if not Path(label + kind).exists()]
+    if lost:
+        raise UserError(f"{len(lost)} of {len(known)} labels are not there: {lost[0]} ...")
+    pairs = {split: [(s, i, Path(p + kind)) for s, i, p in of] for split, of in found.items() if of}
+    if "test" in pairs:  # its labels are withheld, or are dummies
+        pairs["test"] = [(s, i, p if p.exists() else None) for s, i, p in pairs["test"]]
+    if by_train_id:
+        return label_table(19, [IGNORE]), pairs
+    return label_table(ids, [*range(34), IGNORE]), pairs  # 255 is id -1, the license plate
+
+
+def open_voc2012(root):
+    """The official tree (VOCdevkit/VOC2012); trains on trainaug if it and its labels are there."""
+    root = inside(root, "VOCdevkit/VOC2012", "VOC2012")
+    lists, images = root / "ImageSets/Segmentation", files_in(root / "JPEGImages")
+    labels = files_in(root / "SegmentationClass", (".png",))
+    pairs = {
+        s: pair_up(images, labels, read_lines(lists / f"{s}.txt"), lists) for s in ("train", "val")
+    }
+    if (root / "SegmentationClassAug").is_dir() and (lists / "trainaug.txt").exists():
+        labels = files_in(root / "SegmentationClassAug", (".png",))
+        stems = [Path(line.split()[-1]).stem for line in read_lines(lists / "trainaug.txt")]
+        pairs["train"] = pair_up(images, labels, stems, lists / "trainaug.txt")
+    return Dataset("voc2012", VOC, ((0, 0, 0), *colours(20)), label_table(21, [IGNORE]), pairs)
+
+
+def open_ade20k(root):
+    """The official tree of the scene parsing challenge (ADEChallengeData2016), 150 classes."""
+    root = inside(root, "ADEChallengeData2016")
+    pairs = {}
+    for split, folder in (("train", "training"), ("val", "validation")):
+        images = files_in(root / "images" / folder)
+        labels = files_in(root / "annotations" / folder, (".png",))
+        stems = sorted(images.keys() | labels.keys())
+        pairs[split] = pair_up(images, labels, stems, root / "images" / folder)
+    ids = tuple(range(1, 151))  # 0 is "other objects"
+    return Dataset("ade20k", ADE20K, colours(150), label_table(ids, [0, IGNORE]), pairs, ids)
+
+
+def open_cocostuff164k(root):
+    """COCO-Stuff: images/SPLIT2017/*.jpg, annotations/SPLIT2017/*.png of stuffthingmaps."""
+    pairs = {}
+    for split in ("train", "val"):
+        images = files_in(inside(root, "images") / f"{split}2017")
+        maps = inside(root, "annotations", "stuffthingmaps", "stuffthingmaps_trainval2017")
+        labels = files_in(maps / f"{split}2017", (".png",))
+        labels = {s: p for s, p in labels.items() if not s.endswith("_labelTrainIds")}
+        pairs[split] = pair_up(images, labels, sorted(labels), maps / f"{split}2017")
+    ids = tuple(k for k in range(182) if k not in COCO_STUFF_UNUSED)
+    table = label_table(ids, [*COCO_STUFF_UNUSED, IGNORE])
+    return Dataset("cocostuff164k", COCO_STUFF, colours(171), table, pairs, ids)
+
+
+def open_cocostuff10k(root):
+    """COCO-Stuff 10k v1.1: images/*.jpg, annotations/*.mat, imageLists/train.txt and test.txt."""
+    images, labels = files_in(root / "images"), files_in(root / "annotations", (".mat",))
+    pairs = {}
+    for split, name in (("train", "train"), ("val", "test")):
+        path = root / "imageLists" / f"{name}.txt"
+        pairs[split] = pair_up(images, labels, read_lines(path), path)
+    ids = tuple(k + 1 for k in range(182) if k not in COCO_STUFF_UNUSED)  # 0 is unlabelled
+    table = label_table(ids, [0, *(k + 1 for k in COCO_STUFF_UNUSED), IGNORE])
+    return Dataset("cocostuff10k", COCO_STUFF, colours(171), table, pairs, ids)
+
+
+DATASETS = {
+    "scenes": None,
+    "folder": open_folder,
+    "camvid": open_camvid,
+    "nyuv2": open_nyuv2,
+    "cityscapes": open_cityscapes,
+    "acdc": open_acdc,
+    "voc2012": open_voc2012,
+    "ade20k": open_ade20k,
+    "cocostuff164k": open_cocostuff164k,
+    "cocostuff10k": open_cocostuff10k,
+}
+
+
+def inside(root, *names):
+    """The first of these folders in root, or root itself."""
+    return next((root / name for name in names if (root / name).is_dir()), root)
 
 
 def read_lines(path):
@@ -221,9 +354,21 @@ def read_image(path):
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
+def read_mat(path):
+    """The label map S of a COCO-Stuff 10k annotation."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as e:
+        raise UserError(f"{path}: pip install scipy, to read .mat files") from e
+    try:
+        return loadmat(path, variable_names=["S"])["S"].astype(np.int64)
+    except Exception as e:  # what it may raise on rubbish has no end
+        raise UserError(f"{path}: no .mat file with a label map S ({type(e).__name__})") from e
+
+
 def read_label(path):
     """(H, W) uint8: the values in the file; of a palette image its indices."""
-    label = np.asarray(open_image(path))
+    label = read_mat(path) if path.suffix == ".mat" else np.asarray(open_image(path))
     if label.ndim != 2:
         raise UserError(
             f"{path}: a label must have one channel of class ids, this one has {label.shape[2]} "
@@ -256,7 +401,10 @@ def read_pair(pair, table):
     if isinstance(pair, int):
         return scenes.draw(pair)
     _, image_path, label_path = pair
-    image, label = read_image(image_path), read_label(label_path)
+    image = read_image(image_path)
+    if label_path is None:
+        return image, np.full(image.shape[:2], IGNORE, np.uint8)
+    label = read_label(label_path)
     if image.shape[:2] != label.shape:
         (h, w), (lh, lw) = image.shape[:2], label.shape
         turned = (

@@ -155,7 +155,7 @@ def cache_key(dataset, pairs):
     """Changes with any file's name, size or time, and with the label table."""
     facts = [dataset.table.tobytes().hex()]
     for _, *paths in pairs:
-        for path in paths:
+        for path in filter(None, paths):
             stat = path.stat()
             facts.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -73,10 +73,11 @@ def boundary_counts(prediction, label, num_classes):
     return torch.stack([both, n_p + n_g - both])
 
 
-def scores(matrix, edges):
+def scores(matrix, edges, num_classes=None):
     """The metrics of a confusion matrix (K, K) and boundary counts (2, K): plain floats and None.
 
-    A class in neither labels nor predictions has IoU None and is left out of the means.
+    A class in neither labels nor predictions has IoU None and is left out of the means. Outputs
+    from num_classes on are none of the classes: to predict one is a miss, and it has no IoU.
     """
     matrix = matrix.double()
     hits, total = matrix.diag(), matrix.sum()
@@ -87,9 +88,10 @@ def scores(matrix, edges):
         present = [v for v in values if v is not None]
         return values, sum(present) / len(present) if present else None
 
-    iou, miou = ratios(hits, union)
-    edge_iou, edge_miou = ratios(edges[0].double(), edges[1].double())
-    _, mean_acc = ratios(hits, matrix.sum(1))
+    n = num_classes or len(matrix)
+    iou, miou = ratios(hits[:n], union[:n])
+    edge_iou, edge_miou = ratios(edges[0, :n].double(), edges[1, :n].double())
+    _, mean_acc = ratios(hits[:n], matrix.sum(1)[:n])
     return dict(
         miou=miou,
         pixel_acc=(hits.sum() / total).item() if total else None,
@@ -175,9 +177,21 @@ def prepare(image, facts, short_side=None):
 
 @torch.no_grad()
 def evaluate(
-    net, split, facts, device="cpu", dtype="float32", protocol="full", batch_size=8, **views
+    net,
+    split,
+    facts,
+    device="cpu",
+    dtype="float32",
+    protocol="full",
+    batch_size=8,
+    parts=None,
+    save=None,
+    **views,
 ):
     """Metrics of `net` on a split, this process scoring every world-th image, none of them twice.
+
+    parts: the name of each image's part of the split; the parts are then also scored apart.
+    save: called with an image's index and its predicted ids (H, W) uint8.
 
     protocol "full": labels at their own resolution, logits resized to them.
     protocol "paper": images resized to a shorter side of 512, logits as they come, at a quarter of
@@ -187,7 +201,9 @@ def evaluate(
     rank, world = rank_and_world()
     K, training = net.num_classes, net.training
     net.eval()
-    counts = torch.zeros(K + 2, K, dtype=torch.int64, device=device)  # confusion, then boundaries
+    names = sorted(set(parts or [""]))
+    # of each part: the confusion matrix, then intersections and unions of the boundaries
+    counts = torch.zeros(len(names), K + 2, K, dtype=torch.int64, device=device)
     for indices, images in groups(split, range(rank, len(split), world), batch_size):
         labels = [split.label(i) for i in indices]
         if protocol == "paper":
@@ -199,12 +215,22 @@ def evaluate(
         y = torch.from_numpy(np.stack(labels)).to(device)
         with autocast(device, dtype):
             p = predict(net, x.to(device), y.shape[1:], **views).argmax(dim=1).to(torch.uint8)
-        counts[:K] += confusion(p, y, K)
-        counts[K:] += boundary_counts(p, y, K)
+        mine = [parts[i] if parts else "" for i in indices]
+        for name in set(mine):
+            at, part = [m == name for m in mine], counts[names.index(name)]
+            part[:K] += confusion(p[at], y[at], K)
+            part[K:] += boundary_counts(p[at], y[at], K)
+        for i, ids in zip(indices, p.cpu().numpy() if save else ()):
+            save(i, ids)
     net.train(training)
     if world > 1:
         dist.all_reduce(counts)
-    metrics = scores(counts[:K].cpu(), counts[K:].cpu())
+    n = len(facts["classes"])
+    counts = counts.cpu()
+    metrics = scores(counts.sum(0)[:K], counts.sum(0)[K:], n)
+    if parts:
+        each = {name: scores(part[:K], part[K:], n) for name, part in zip(names, counts)}
+        metrics["parts"] = {k: v | dict(images=parts.count(k)) for k, v in each.items()}
     return metrics | dict(classes=list(facts["classes"]), images=len(split), protocol=protocol)
 
 
@@ -265,6 +291,7 @@ def label_photos(net, facts, args, views):
         with autocast(args.device, args.dtype):
             ids = predict(net, x, image.shape[:2], **views).argmax(dim=1)[0]
         ids = ids.to(torch.uint8).cpu().numpy()
+        ids[ids >= len(facts["classes"])] = IGNORE
         name = path.stem if stems.count(path.stem) == 1 else path.name  # a.jpg beside a.png
         save_image(Image.fromarray(paint(ids, facts["palette"])), out / f"{name}_mask.png")
         picture = overlay(image, ids, facts["classes"], facts["palette"])
@@ -289,6 +316,8 @@ def print_table(metrics):
     print(f"{'mean':>22s} {percent(metrics['miou'])}        {percent(metrics['boundary_iou'])}")
     pixel, mean = percent(metrics["pixel_acc"]), percent(metrics["mean_acc"])
     print(f"pixel accuracy {pixel}, mean accuracy {mean}")
+    for name, part in metrics.get("parts", {}).items():
+        print(f"{name:>22s} {percent(part['miou'])}  mIoU of {part['images']} images")
     print(f"{metrics['images']} images, protocol {metrics['protocol']}")
 
 
@@ -296,7 +325,12 @@ def get_args():
     p = argparse.ArgumentParser(
         description="Score a checkpoint, or label photos with it", allow_abbrev=False
     )
-    p.add_argument("--ckpt", required=True, help="student.pt or teacher.pt of a run")
+    p.add_argument(
+        "--ckpt",
+        required=True,
+        help="student.pt or teacher.pt of a run; or somebody else's SegFormer: a file, a folder, a "
+        "name on the Hugging Face hub",
+    )
     # what to score
     p.add_argument(
         "--dataset", help=f"one of {', '.join(catalog.DATASETS)} (default: the run's own)"
@@ -307,6 +341,12 @@ def get_args():
     p.add_argument("--cache-dir", help="where (default: .cache beside the data)")
     p.add_argument("--protocol", choices=("full", "paper"), default="full", help="see evaluate()")
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    p.add_argument(
+        "--save-preds",
+        metavar="DIR",
+        help="write each prediction as a PNG called as its image, with the values that the data "
+        "set's benchmark server wants (Cityscapes: labelIds, ACDC: trainIds)",
+    )
     # or what to label
     p.add_argument("--image", help="a photo, or a folder of them")
     p.add_argument("--out-dir", help="where its mask, overlay and ids go")
@@ -322,7 +362,11 @@ def get_args():
     p.add_argument("--stride", type=int, help="its step (default: 3/4 of the window)")
     p.add_argument("--batch-size", type=int, default=8, help="images of one size at a time")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the forward pass (default: as in training)",
+    )
     return p.parse_args()
 
 
@@ -335,8 +379,12 @@ def main(args):
         raise UserError("--scales must be above 0 and up to 16, --batch-size at least 1")
     if args.short_side is not None and (args.short_side < 32 or not args.image):
         raise UserError("--short-side goes with --image, and is at least 32")
-    if args.image and (args.json or args.dataset or args.protocol != "full"):
-        raise UserError("--image labels photos: --json, --dataset, --protocol are for scoring")
+    if args.image and (args.json or args.dataset or args.protocol != "full" or args.save_preds):
+        raise UserError("--image labels photos: --json, --dataset, ... are for scoring")
+    if args.save_preds and args.protocol == "paper":
+        raise UserError(
+            "--save-preds goes with --protocol full: predictions at the labels' own size"
+        )
     args.device = model.get_device(args.device)
     views = dict(scales=args.scales, flip=args.flip, window=args.window)
     views["stride"] = args.stride or (args.window or 0) * 3 // 4
@@ -344,18 +392,38 @@ def main(args):
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         net, facts = model.load(args.ckpt)
         net.to(args.device)
+        args.dtype = args.dtype or facts["dtype"]
         if args.image:
-            return label_photos(net, facts, args, views)
-        dataset = catalog.open_dataset(args.dataset or facts["dataset"], args.data_dir)
-        catalog.check_classes(args.ckpt, net, dataset)
-        split = data.open_split(dataset, args.split, args.data_dir, args.cache, args.cache_dir)
-        metrics = evaluate(
-            net, split, facts, args.device, args.dtype, args.protocol, args.batch_size, **views
-        )
+            return label_photos(net, catalog.complete(facts, net.num_classes), args, views)
+        metrics = score(net, facts, args, views)
     if args.json:
         print(json.dumps(metrics))
     else:
         print_table(metrics)
+
+
+def score(net, facts, args, views):
+    """--dataset: the metrics of a split, and its predictions as files with --save-preds."""
+    if not (args.dataset or facts["dataset"]):
+        raise UserError(f"{args.ckpt} does not say what it was trained on: pass --dataset")
+    dataset = catalog.open_dataset(args.dataset or facts["dataset"], args.data_dir)
+    catalog.check_classes(args.ckpt, net, facts, dataset)
+    facts = catalog.complete(facts, net.num_classes, dataset)
+    split = data.open_split(dataset, args.split, args.data_dir, args.cache, args.cache_dir)
+    save, pairs = None, dataset.pairs[args.split]
+    if args.save_preds:
+        values = np.zeros(256, np.uint8)  # what is none of the classes becomes 0
+        values[: len(dataset.classes)] = dataset.ids or range(len(dataset.classes))
+
+        def save(i, ids):
+            name = f"{pairs[i]:07d}" if dataset.name == "scenes" else pairs[i][1].stem
+            save_image(Image.fromarray(values[ids]), Path(args.save_preds) / f"{name}.png")
+
+    how = (args.device, args.dtype, args.protocol, args.batch_size)
+    metrics = evaluate(net, split, facts, *how, dataset.parts_of(args.split), save, **views)
+    if metrics["pixel_acc"] is None:
+        print(f"{dataset.name}/{args.split} has no labels: nothing to score")
+    return metrics
 
 
 if __name__ == "__main__":

@@ -12,13 +12,15 @@ Features and embeddings are what TransKD distils; a teacher asked only for them 
 """
 
 import math
+import re
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import UserError, load_tensors, save_tensors
+from files import UserError, save_tensors
+from weights import FORMAT, read
 
 # name: (embed dims, heads, depths, head width). nano is ours, for tests and the demo.
 MODELS = {
@@ -32,6 +34,8 @@ MODELS = {
 }
 SR_RATIOS = (8, 4, 2, 1)  # keys and values are taken from a map this many times smaller per side
 MLP_RATIO = 4
+# of images in [0, 1], red first: what every published MiT was trained with
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Output(NamedTuple):
@@ -252,12 +256,12 @@ def resize(x, size):
 
 
 class SegFormer(nn.Module):
-    def __init__(self, name, num_classes, drop_path=0.1, dropout=0.1):
+    def __init__(self, name, num_classes, drop_path=0.1, dropout=0.1, head_width=None):
         super().__init__()
         dims, heads, depths, width = MODELS[name]
         self.name, self.num_classes, self.channels = name, num_classes, dims
         self.encoder = MiT(dims, heads, depths, drop_path)
-        self.head = SegFormerHead(dims, width, num_classes, dropout)
+        self.head = SegFormerHead(dims, head_width or width, num_classes, dropout)
 
     def forward(self, images, head=True):
         if min(images.shape[2:]) < 32:
@@ -267,13 +271,17 @@ class SegFormer(nn.Module):
         return Output(self.head(features) if head else None, features, embeddings)
 
 
-def build(name, num_classes, drop_path=0.1, dropout=0.1):
-    """A SegFormer with random weights. name: one of MODELS; num_classes: outputs per pixel."""
+def build(name, num_classes, drop_path=0.1, dropout=0.1, head_width=None):
+    """A SegFormer with random weights.
+
+    name: one of MODELS; num_classes: outputs per pixel; head_width: channels of the head, if not as
+    in MODELS.
+    """
     if name not in MODELS:
         raise UserError(f"unknown model '{name}': choose one of {', '.join(MODELS)}")
     if not 1 <= num_classes <= 255:
         raise UserError(f"{num_classes} classes: 1 to 255 are possible (255 in a label = ignore)")
-    return SegFormer(name, num_classes, drop_path, dropout)
+    return SegFormer(name, num_classes, drop_path, dropout, head_width)
 
 
 def count_parameters(net):
@@ -282,8 +290,6 @@ def count_parameters(net):
 
 # ------------------------------------------------------------------------------------------------
 # weights in and out
-
-FORMAT = "segmentation-student-1"  # the mark by which we know our own files
 
 
 def get_device(name):
@@ -305,46 +311,84 @@ def save(path, net, **facts):
 
     facts: classes (names), palette (RGB triples), mean and std of the input, ... plain values only.
     """
-    tree = dict(format=FORMAT, model=net.name, num_classes=net.num_classes, **facts)
-    save_tensors(path, tree | {"state_dict": net.state_dict()})
+    shape = dict(model=net.name, num_classes=net.num_classes, head_width=net.head.fuse.out_channels)
+    save_tensors(path, dict(format=FORMAT) | shape | facts | {"state_dict": net.state_dict()})
 
 
-def load(path):
-    """Read a checkpoint made by `save`: the net in eval mode, and the dict of facts beside it."""
-    facts = load_tensors(path)
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        kind = ", ".join(list(facts)[:4]) if isinstance(facts, dict) else type(facts).__name__
+def load(source):
+    """(net in eval mode, facts) of a whole checkpoint: a file, a folder or a hub's name.
+
+    source: what `save` wrote, or anything of `weights.read` that has a segmentation head. Facts
+    that it does not tell are None (classes, palette, dataset, ...), mean and std ImageNet's.
+    """
+    state, facts = read(source)
+    name, num_classes, width = recognise(source, state, facts)
+    net = build(name, num_classes, head_width=width)
+    ours = net.state_dict()
+    odd = [k for k in ours if k in state and state[k].shape != ours[k].shape]
+    missing = [k for k in ours if k not in state and not k.endswith("num_batches_tracked")]
+    if odd or missing:
         raise UserError(
-            f"{path}: not a model saved by this project (found: {kind or 'nothing'}). Pass a "
-            "student.pt or teacher.pt of a finished run; last.pt is the state of an unfinished one."
+            f"{source}: damaged, or no {name}: {listed(missing, 'missing')}"
+            f"{listed(odd, 'of another shape')}"
+        )
+    net.load_state_dict({k: v for k, v in state.items() if k in ours}, strict=False)
+    known = dict(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD), dtype="float32")
+    known |= dict.fromkeys(("dataset", "classes", "palette", "short_side", "resize", "void"))
+    return net.eval(), known | {k: v for k, v in facts.items() if v is not None}
+
+
+def recognise(source, state, facts):
+    """(name in MODELS, number of classes, head width) by the shapes of the tensors."""
+    if "head.classifier.weight" not in state or "head.fuse.weight" not in state:
+        raise UserError(
+            f"{source}: an encoder without the SegFormer head; as a start of training it will do "
+            "(--teacher-init, --student-init)"
         )
     try:
-        net = build(facts["model"], facts["num_classes"])
-        net.load_state_dict(facts.pop("state_dict"))
-    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise UserError(f"{path}: damaged ({type(e).__name__}: {str(e).splitlines()[0]})") from e
-    return net.eval(), facts
+        dims = tuple(len(state[f"encoder.stages.{i}.norm.weight"]) for i in range(4))
+        width, num_classes = len(state["head.fuse.weight"]), len(state["head.classifier.weight"])
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{source}: damaged, {e} is missing") from e
+    blocks = [re.match(r"encoder.stages.(\d).blocks.\d+.norm1.weight", k) for k in state]
+    depths = tuple(sum(bool(b) and int(b[1]) == i for b in blocks) for i in range(4))
+    heads = facts.pop("heads", None)
+    for name, shape in MODELS.items():
+        if shape[0] == dims and shape[2] == depths and heads in (None, shape[1]):
+            return name, num_classes, width
+    raise UserError(
+        f"{source}: channels {dims}, depths {depths}, heads {heads}: none of {', '.join(MODELS)}"
+    )
 
 
 def load_weights(net, source):
-    """Copy into `net` the tensors of a file that fit it, and print "loaded N of M tensors".
+    """Copy into `net` the tensors of a checkpoint that fit it, and print "loaded N of M tensors".
 
-    source: a checkpoint of ours or a file with a plain state dict in our naming. A head with
-    another number of classes is left as it is, with a warning. Raises UserError if nothing fits.
+    source: anything of `weights.read`: a file, a folder, a hub's name, with a head or without. A
+    head with another number of classes is left as it is, with a warning. Raises UserError if
+    nothing fits.
     """
-    tree = load_tensors(source)
-    state = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
-    state = {k: v for k, v in dict(state).items() if isinstance(v, torch.Tensor)}
+    state, _ = read(source)
     ours = net.state_dict()
     fits = {k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}
     if not fits:
         raise UserError(f"{source}: none of its {len(state)} tensors fits a {net.name}")
     net.load_state_dict(fits, strict=False)
     print(f"{source}: loaded {len(fits)} of {len(ours)} tensors")
-    for what, keys in (
-        ("missing", [k for k in ours if k not in state]),
-        ("unexpected", [k for k in state if k not in ours]),
-        ("of another shape, left as they were", [k for k in state if k in ours and k not in fits]),
+    odd = [k for k in state if k in ours and k not in fits]
+    for words in (
+        listed([k for k in ours if k not in state], "missing"),
+        listed([k for k in state if k not in ours], "not used"),
+        listed(odd, "of another shape, left as they were"),
     ):
-        if keys:
-            print(f"  {len(keys)} {what}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}")
+        if words:
+            print(f"  {words}")
+    if "head.classifier.weight" in odd:
+        theirs = len(state["head.classifier.weight"])
+        print(f"  warning: its head has {theirs} classes, this one {net.num_classes}: not loaded")
+
+
+def listed(names, what):
+    """'3 what: a, b, c', or '' if there are none; six names at most."""
+    some = ", ".join(names[:6]) + " ..." * (len(names) > 6)
+    return f"{len(names)} {what}: {some} " if names else ""

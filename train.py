@@ -58,17 +58,25 @@ COMMON = dict(
 # the teacher learns from 800 drawn scenes, the student from 20 of them: what a teacher is good for
 SCENES = dict(student="nano", teacher="b0", student_images=20, alone=True, max_iters=900)
 SCENES |= dict(crop_size=[96, 160], batch_size=8, lr=3e-3, scale=[0.75, 1.33])
+STREET = dict(crop_size=[768], batch_size=8, max_iters=80_000)
 DEFAULTS = {
     "scenes": COMMON | SCENES,
     "camvid": COMMON | dict(crop_size=[352, 480]),
     "nyuv2": COMMON,
     "folder": COMMON,
+    "cityscapes": COMMON | STREET,
+    "acdc": COMMON | STREET,
+    "voc2012": COMMON,
+    "ade20k": COMMON | dict(max_iters=80_000),
+    "cocostuff164k": COMMON | dict(max_iters=80_000),
+    "cocostuff10k": COMMON,
 }
 # TransKD as released. Beyond these flags: whole images, resized to a shorter side of 512, flipped
 # and shifted by up to 2 pixels; RGB in [0, 1] without mean and std; labels, loss and score at a
 # quarter of the size; weight decay on everything; lr * (1 - epoch / 1500) over 1000 epochs.
 PAPER = dict(batch_size=2, teacher_batch_size=8, lr=6e-5, warmup=0.0, clip=0.0, colour=0.0)
 PAPER |= dict(class_weights="paper", csf_norm="batch", protocol="paper")
+FINE_TUNING_LR = 6e-5  # a rate that leaves pre-trained weights what they know
 PAPER_EPOCHS, PAPER_DECAY_EPOCHS = 1000, 1500
 PAPER_DECIDES = ("crop_size", "scale")
 # flags of the methods; those that no chosen method takes are an error
@@ -81,8 +89,8 @@ LIMITS = dict.fromkeys(
     (1, 10**9),
 )
 LIMITS |= dict.fromkeys(
-    """lr weight_decay clip colour feature_weight embed_weight kd_weight seed eval_every workers
-    save_every log_every cache_gb""".split(),
+    """lr teacher_lr weight_decay clip colour feature_weight embed_weight kd_weight seed eval_every
+    workers save_every log_every cache_gb""".split(),
     (0, 10**9),
 )
 LIMITS |= dict(warmup=(0, 1), ema=(0, 0.99999), temperature=(1e-3, 1e3))
@@ -141,7 +149,10 @@ def look(teacher, images, run, needs_logits):
         images = images * std[:, None, None] + mean[:, None, None]  # back to [0, 1]
         images = augment.normalise(images, facts["mean"], facts["std"])
     with torch.no_grad():
-        return net(images, head=needs_logits)
+        out = net(images, head=needs_logits)
+    if needs_logits and facts["void"] is not None:  # an output that is none of the classes
+        out = out._replace(logits=out.logits[:, : facts["void"]])
+    return out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -162,6 +173,7 @@ class Run:
     rank: int = 0
     world: int = 1
     results: dict = dataclasses.field(default_factory=dict)  # stage -> metrics, if finished
+    inits: dict = dataclasses.field(default_factory=dict)  # stage -> what it started from
     state: dict | None = None  # last.pt, while a stage is to be resumed
     signals: list = dataclasses.field(default_factory=list)  # that came in
 
@@ -212,10 +224,12 @@ def open_run(args):
         dataset=args.dataset,
         classes=list(dataset.classes),
         palette=[list(c) for c in dataset.palette],
-        mean=list(augment.IMAGENET_MEAN),
-        std=list(augment.IMAGENET_STD),
+        mean=list(model.IMAGENET_MEAN),
+        std=list(model.IMAGENET_STD),
         short_side=min(height, width),  # of the images it was trained on
         resize=None,  # to this shorter side, for scoring
+        void=None,  # the output that is none of the classes
+        dtype=args.dtype,
     )
     crop = tuple(args.crop_size * 2)[:2] if len(args.crop_size) == 1 else tuple(args.crop_size)
     how = augment.Augment(crop, tuple(args.scale), colour=args.colour)
@@ -267,7 +281,8 @@ def resume(run):
         was = state["settings"].get(name)
         if was != now:
             raise UserError(f"--resume: --{name.replace('_', '-')} was {was}, now it is {now}")
-    run.results, run.state = state["results"], state if state["stage"] else None
+    run.results, run.inits = state["results"], state["inits"]
+    run.state = state if state["stage"] else None
     if run.rank == 0 and log.exists():  # drop what came after the saved step
         keep = []
         for line in log.read_text().splitlines():
@@ -283,7 +298,7 @@ def save_state(run, stage=None, step=0, parts=None):
     """last.pt, all that --resume needs. parts: name -> object with a state_dict, within a stage."""
     if run.rank == 0:
         tree = dict(format="run-state-1", stage=stage, step=step, results=run.results)
-        tree |= dict(settings=settings(run.args))
+        tree |= dict(settings=settings(run.args), inits=run.inits)
         tree |= {name: part.state_dict() for name, part in (parts or {}).items()}
         files.save_tensors(run.out / "last.pt", tree)
 
@@ -313,17 +328,10 @@ def run_stage(run, stage, name, method="none", teacher=None):
     is_teacher = stage == "teacher"
     iters = args.teacher_iters if is_teacher else args.max_iters
     batch_size = args.teacher_batch_size if is_teacher else args.batch_size
-    init = args.teacher_init if is_teacher else args.student_init
     torch.manual_seed(args.seed)
     net = model.build(name, len(run.dataset.classes))
-    run.print(f"\n{stage}: {name}, {model.count_parameters(net):,} parameters, from {init}")
-    if init != "scratch":
-        model.load_weights(net, init)
-    elif is_teacher and args.dataset != "scenes":
-        run.print(
-            "!!! The teacher starts from SCRATCH. TransKD's teachers start from ImageNet weights,\n"
-            "!!! without which there is less to distil: pass --teacher-init FILE or --teacher-ckpt."
-        )
+    run.print(f"\n{stage}: {name}, {model.count_parameters(net):,} parameters")
+    init = start_from(run, stage, net)
     options = {k: getattr(args, k) for k in OPTIONS if getattr(args, k) is not None}
     channels = teacher[0].channels if teacher else None
     options = options if method != "none" or args.method == "none" else {}
@@ -333,7 +341,9 @@ def run_stage(run, stage, name, method="none", teacher=None):
     adapters = f", {extra:,} more parameters to train" * (extra > 0)
     run.print(f"{iters} steps of {batch_size}, from {of} images{adapters}")
     start = time.time()
-    net = train_stage(run, stage, net, method, teacher, iters, batch_size)
+    lr = args.teacher_lr if is_teacher else args.lr
+    lr = lr or (args.lr if init == "scratch" else min(args.lr, FINE_TUNING_LR))
+    net = train_stage(run, stage, net, method, teacher, iters, batch_size, lr)
     seconds = round(time.time() - start, 1)
     record(run, stage, net, run.facts, iters, seconds)
     if run.rank == 0:
@@ -342,10 +352,42 @@ def run_stage(run, stage, name, method="none", teacher=None):
     return freeze(net, run.device), run.facts
 
 
+def start_from(run, stage, net):
+    """Load what a stage starts from, unless it is resumed anyway; returns its name.
+
+    A teacher of --teacher-init auto starts from ImageNet weights where they can be had.
+    """
+    args, is_teacher = run.args, stage == "teacher"
+    init = args.teacher_init if is_teacher else args.student_init
+    if init == "auto":
+        init = "scratch" if run.dataset.name == "scenes" else f"nvidia/mit-{net.name}"
+    resumed = run.state and run.state["stage"] == stage
+    if resumed:
+        return run.inits[stage]
+    if init != "scratch":
+        quiet = contextlib.nullcontext() if run.rank == 0 else contextlib.redirect_stdout(None)
+        try:
+            with quiet:
+                parallel.first_then_others(lambda: model.load_weights(net, init))
+        except UserError as e:
+            if args.teacher_init != "auto" or not is_teacher:
+                raise
+            run.print(
+                f"!!! {e}\n!!! So the teacher starts from SCRATCH. TransKD's teachers start from "
+                "ImageNet weights,\n!!! without which there is less to distil: pass --teacher-init "
+                "or --teacher-ckpt."
+            )
+            init = "scratch"
+    run.print(f"starts from {init}")
+    run.inits[stage] = init
+    return init
+
+
 def find_teacher(run):
     """The teacher of --teacher-ckpt, scored like one that was trained here: (net, facts)."""
     net, facts = model.load(run.args.teacher_ckpt)
-    catalog.check_classes(run.args.teacher_ckpt, net, run.dataset)
+    catalog.check_classes(run.args.teacher_ckpt, net, facts, run.dataset)
+    facts = catalog.complete(facts, net.num_classes, run.dataset)
     freeze(net, run.device)
     if "teacher" not in run.results:
         record(run, "teacher", net, facts, steps=0, seconds=0.0)
@@ -364,7 +406,7 @@ def freeze(net, device):
     return net.eval().requires_grad_(False)
 
 
-def train_stage(run, stage, net, method, teacher, iters, batch_size):
+def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
     """Train `net` for `iters` steps; returns the net to keep (its running average with --ema)."""
     args, device = run.args, run.device
     split = run.images(stage)
@@ -376,7 +418,7 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size):
     groups = parameter_groups(learner, args.weight_decay, everything=paper)
     parts = dict(
         learner=learner,
-        optimizer=torch.optim.AdamW(groups, lr=args.lr, fused=True),
+        optimizer=torch.optim.AdamW(groups, lr=lr, fused=True),
         scaler=torch.amp.GradScaler(device.type, enabled=args.dtype == "float16"),
     )
     if args.ema:
@@ -391,7 +433,7 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size):
         run.state = None
     if args.compile:
         learner.compile()
-    schedule = dict(peak=args.lr, total=iters, warmup=args.warmup)
+    schedule = dict(peak=lr, total=iters, warmup=args.warmup)
     schedule |= dict(paper_epoch=math.ceil(len(split) / batch_size) if paper else None)
     loop(run, stage, parallel.wrap(learner, device), parts, teacher, schedule, batch_size, first)
     return parts["ema"].module if args.ema else net
@@ -475,6 +517,7 @@ def class_weights(run, split):
 def score(run, stage, net, facts, step):
     """Metrics on the val split, of which every process scores its share."""
     how = (run.device, run.args.dtype, run.args.protocol, run.args.eval_batch_size)
+    how += (run.dataset.parts_of("val"),)
     metrics = evaluation.evaluate(net, run.val, facts, *how)
     run.print(f"{stage:7s} {step:6d} mIoU {evaluation.percent(metrics['miou'])}")
     run.log(stage=stage, step=step, miou=metrics["miou"], pixel_acc=metrics["pixel_acc"])
@@ -608,43 +651,9 @@ def add_method_flags(p):
     p.add_argument("--temperature", type=float, help="of kd's softmax (1)")
 
 
-def get_args(argv=None):
-    p = argparse.ArgumentParser(
-        description="Train a teacher if there is none, and distil it into a student.",
-        epilog="Defaults that depend on the data set: DEFAULTS in train.py.",
-        allow_abbrev=False,
-    )
+def add_run_flags(p):
+    """Where a run lives, on what it runs, and what it tells."""
     yes_or_no = argparse.BooleanOptionalAction
-    # what
-    p.add_argument("--dataset", default="scenes", help=f"one of {', '.join(catalog.DATASETS)}")
-    p.add_argument("--data-dir", help="the folder that holds it (scenes are drawn, and need none)")
-    p.add_argument("--student", help=f"one of {', '.join(model.MODELS)}")
-    p.add_argument("--teacher", help="likewise; one that finds what the student would not")
-    p.add_argument("--teacher-ckpt", help="a trained one (teacher.pt of a run): no training")
-    p.add_argument("--teacher-init", default="scratch", help="scratch, or a file of weights")
-    p.add_argument("--student-init", default="scratch", help="scratch, or a file of weights")
-    p.add_argument("--method", default="transkd-base", help=f"{', '.join(METHODS)}; or a+b")
-    p.add_argument("--alone", action=yes_or_no, help="also train the student by itself")
-    p.add_argument("--student-images", type=int, help="only N of the training images (all)")
-    p.add_argument("--recipe", choices=("default", "paper"), default="default", help="see PAPER")
-    add_method_flags(p)
-    # how long, how fast
-    p.add_argument("--max-iters", type=int, help="steps of each stage, at most")
-    p.add_argument("--teacher-iters", type=int, help="steps of the teacher, if fewer")
-    p.add_argument("--batch-size", type=int, help="images a step, of all processes together")
-    p.add_argument("--teacher-batch-size", type=int, help="likewise, for the teacher")
-    p.add_argument("--accumulate", type=int, default=1, help="parts of a batch that is too big")
-    p.add_argument("--lr", type=float, help="peak learning rate; 6e-5 suits pre-trained weights")
-    p.add_argument("--warmup", type=float, help="share of the steps in which the rate rises")
-    p.add_argument("--weight-decay", type=float, help="of AdamW")
-    p.add_argument("--clip", type=float, help="largest gradient norm; 0: no clipping")
-    p.add_argument("--ema", type=float, default=0.0, help="keep a running average, e.g. 0.999")
-    p.add_argument("--class-weights", choices=("none", "paper"), help="paper: rare classes more")
-    # augmentation
-    p.add_argument("--crop-size", type=int, nargs="+", help="height and width, or one for both")
-    p.add_argument("--scale", type=float, nargs=2, help="range of the random resize before it")
-    p.add_argument("--colour", type=float, help="strength of the colour changes; 0: none")
-    # where
     p.add_argument("--out-dir", help="(out/DATASET-STUDENT-METHOD)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
     p.add_argument("--cache", choices=("on", "off"), default="on", help="decode the files once")
@@ -660,6 +669,57 @@ def get_args(argv=None):
     p.add_argument("--eval-batch-size", type=int, default=8)
     p.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
     p.add_argument("--log-every", type=float, default=5, help="seconds between lines")
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(
+        description="Train a teacher if there is none, and distil it into a student.",
+        epilog="Defaults that depend on the data set: DEFAULTS in train.py.",
+        allow_abbrev=False,
+    )
+    yes_or_no = argparse.BooleanOptionalAction
+    # what
+    p.add_argument("--dataset", default="scenes", help=f"one of {', '.join(catalog.DATASETS)}")
+    p.add_argument("--data-dir", help="the folder that holds it (scenes are drawn, and need none)")
+    p.add_argument("--student", help=f"one of {', '.join(model.MODELS)}")
+    p.add_argument("--teacher", help="likewise; one that finds what the student would not")
+    p.add_argument(
+        "--teacher-ckpt",
+        help="a trained one, so that none is trained: teacher.pt of a run, or anybody's SegFormer: "
+        "a file, a folder, a name on the Hugging Face hub",
+    )
+    p.add_argument(
+        "--teacher-init",
+        default="auto",
+        help="scratch, or weights: a file, a folder, a name on the hub; auto: nvidia/mit-TEACHER "
+        "(ImageNet), or scratch if it cannot be had, and for scenes",
+    )
+    p.add_argument("--student-init", default="scratch", help="likewise, without auto")
+    p.add_argument("--method", default="transkd-base", help=f"{', '.join(METHODS)}; or a+b")
+    p.add_argument("--alone", action=yes_or_no, help="also train the student by itself")
+    p.add_argument("--student-images", type=int, help="only N of the training images (all)")
+    p.add_argument("--recipe", choices=("default", "paper"), default="default", help="see PAPER")
+    add_method_flags(p)
+    # how long, how fast
+    p.add_argument("--max-iters", type=int, help="steps of each stage, at most")
+    p.add_argument("--teacher-iters", type=int, help="steps of the teacher, if fewer")
+    p.add_argument("--batch-size", type=int, help="images a step, of all processes together")
+    p.add_argument("--teacher-batch-size", type=int, help="likewise, for the teacher")
+    p.add_argument("--accumulate", type=int, default=1, help="parts of a batch that is too big")
+    p.add_argument("--lr", type=float, help="peak learning rate; 6e-5 suits pre-trained weights")
+    p.add_argument(
+        "--teacher-lr", type=float, help=f"(--lr; from weights {FINE_TUNING_LR} at most)"
+    )
+    p.add_argument("--warmup", type=float, help="share of the steps in which the rate rises")
+    p.add_argument("--weight-decay", type=float, help="of AdamW")
+    p.add_argument("--clip", type=float, help="largest gradient norm; 0: no clipping")
+    p.add_argument("--ema", type=float, default=0.0, help="keep a running average, e.g. 0.999")
+    p.add_argument("--class-weights", choices=("none", "paper"), help="paper: rare classes more")
+    # augmentation
+    p.add_argument("--crop-size", type=int, nargs="+", help="height and width, or one for both")
+    p.add_argument("--scale", type=float, nargs=2, help="range of the random resize before it")
+    p.add_argument("--colour", type=float, help="strength of the colour changes; 0: none")
+    add_run_flags(p)
     return p.parse_args(argv)
 
 

@@ -1,10 +1,13 @@
 """Small data sets in the layouts of the real ones, made anew for each test."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network that may not be there
 torch.set_num_threads(1)  # for nets this small more threads only wait for each other
 
 COLOURS = np.array([(200, 40, 40), (40, 200, 40), (40, 40, 200)], np.uint8)

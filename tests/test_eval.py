@@ -12,9 +12,16 @@ import catalog
 import eval as evaluation
 import files
 import model
-from augment import IMAGENET_MEAN, IMAGENET_STD
+from model import IMAGENET_MEAN, IMAGENET_STD
 
-FACTS = dict(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD), resize=None, short_side=64)
+FACTS = dict(
+    void=None,
+    dtype="float32",
+    mean=list(IMAGENET_MEAN),
+    std=list(IMAGENET_STD),
+    resize=None,
+    short_side=64,
+)
 
 
 def brute_force(pairs, K):

@@ -1,0 +1,322 @@
+"""
+Other people's weights: reading them from a file, a folder or a hub, and renaming their tensors.
+
+`read(source)` recognises a checkpoint by what is in it, not by its file name:
+
+    ours             what model.save writes, or a state dict with our names
+    NVlabs           mit_b*.pth, and SegFormer checkpoints (backbone.*, decode_head.*)
+    Hugging Face     SegformerModel, ...ForImageClassification, ...ForSemanticSegmentation; as a
+                     folder, a file (.bin, .safetensors) or a name on the hub (nvidia/mit-b0)
+    mmsegmentation   its own MiT (backbone.layers.*); its head is another function and stays out
+    TransKD          the authors' release: student.* among adapters, no mean and std, a void class
+
+Only tensors and plain values are ever unpickled.
+"""
+
+import hashlib
+import json
+import re
+import socket
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import torch
+
+from files import UserError, load_tensors
+
+FORMAT = "segmentation-student-1"  # the mark by which we know our own files
+OURS = ("format", "model", "num_classes", "head_width", "state_dict")  # what is no fact in them
+
+# ------------------------------------------------------------------------------------------------
+# names
+
+WRAPPERS = r"^(?:(?:module|_orig_mod|student|backbone|segformer)\.)+"  # in front of the names
+STUDENT = r"^(?:(?:module|_orig_mod)\.)*student\."  # TransKD: the student among its adapters
+BLOCK = r"encoder.stages.\1.blocks.\2."
+RENAMES = (  # one after the other; the layouts' names do not get in each other's way
+    # where: stage and block
+    (r"^(?:encoder\.)?(?:patch_embed|patch_embeddings)\.(\d)\.", r"encoder.stages.\1.patch_embed."),
+    (r"^stages\.(\d)\.patch_embeddings\.|^layers\.(\d)\.0\.", r"encoder.stages.\1\2.patch_embed."),
+    (r"^(?:encoder\.)?block\.(\d)\.(\d+)\.", BLOCK),
+    (
+        r"^stages\.(\d)\.blocks\.(\d+)\.|^layers\.(\d)\.1\.(\d+)\.",
+        r"encoder.stages.\1\3.blocks.\2\4.",
+    ),
+    (r"^(?:encoder\.layer_norm|norm)\.(\d)\.", r"encoder.stages.\1.norm."),
+    (r"^stages\.(\d)\.layer_norm\.|^layers\.(\d)\.2\.", r"encoder.stages.\1\2.norm."),
+    # what, within a patch embedding or a block
+    (r"patch_embed\.projection\.", "patch_embed.proj."),
+    (r"patch_embed\.layer_norm\.", "patch_embed.norm."),
+    (r"\.layer_norm_(\d)\.", r".norm\1."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"attention\.self\.(q|k|v)(?:uery|ey|alue)\.", r"attn.\1."),
+    (r"attention\.(q|k|v)_proj\.", r"attn.\1."),
+    (r"attn\.attn\.in_proj_", "attn.qkv."),
+    (r"attention\.output\.dense\.|attention\.o_proj\.|attn\.attn\.out_proj\.", "attn.proj."),
+    (r"attention\.(?:self\.sr|sequence_reduction\.sequence_reduction)\.", "attn.sr."),
+    (r"attention\.(?:self|sequence_reduction)\.layer_norm\.", "attn.norm."),
+    (r"\.mlp\.dense(\d)\.", r".mlp.fc\1."),
+    (r"\.(?:mlp\.dwconv\.dwconv|ffn\.layers\.1)\.", ".mlp.dwconv."),
+    (r"\.ffn\.layers\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.4\.", ".mlp.fc2."),
+    # the head
+    (r"^(?:decode_head\.)?(?:linear_c|linear_projections)\.(\d)\.proj\.", r"head.linears.\1."),
+    (r"^(?:decode_head\.)?linear_fuse\.(?:conv\.)?(weight)", r"head.fuse.\1"),
+    (r"^(?:decode_head\.)?(?:linear_fuse\.bn|batch_norm)\.", "head.norm."),
+    (r"^(?:decode_head\.)?linear_pred\.|^decode_head\.classifier\.", "head.classifier."),
+)
+
+
+def rename(name):
+    """A tensor's name in any layout -> ours, or what is left of it if we have no such tensor."""
+    name = re.sub(WRAPPERS, "", name)
+    name = re.sub(  # NVlabs counts stages from one
+        r"^((?:decode_head\.)?(?:patch_embed|block|norm|linear_c))(\d)\.",
+        lambda m: f"{m[1]}.{int(m[2]) - 1}.",
+        name,
+    )
+    for pattern, ours in RENAMES:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def translate(tensors):
+    """A state dict in any layout, in our names.
+
+    Keys and values, which Hugging Face has apart, become one matrix; mmsegmentation's joint q, k, v
+    become two, and its 1x1 convolutions matrices. TransKD's adapters keep their names: those of the
+    Embedding Assistant are called as patch embeddings are.
+    """
+    ours, wrapped = {}, any(re.match(STUDENT, name) for name in tensors)
+    for name, value in tensors.items():
+        if not wrapped or re.match(STUDENT, name):
+            name = rename(name)
+        if ".attn.qkv." in name:
+            ours[name.replace(".qkv.", ".q.")], k, v = value.chunk(3)
+            ours[name.replace(".qkv.", ".kv.")] = torch.cat([k, v])
+        elif re.search(r"\.fc\d\.weight$", name) and value.ndim == 4:
+            ours[name] = value.flatten(1)
+        else:
+            ours[name] = value
+    for name in [name for name in ours if ".attn.k." in name]:
+        both = name, name.replace(".attn.k.", ".attn.v.")
+        if both[1] in ours:
+            ours[name.replace(".k.", ".kv.")] = torch.cat([ours.pop(part) for part in both])
+    return ours
+
+
+# ------------------------------------------------------------------------------------------------
+# files, folders, hubs
+
+
+def read(source):
+    """(state dict in our names, facts) of a file, a folder or a hub's name.
+
+    facts, as far as the source tells: what `model.save` wrote beside our weights, or `classes`,
+    `palette`, `mean`, `std`, `heads`, `resize` (to this shorter side, before the net) and `void`
+    (the output that means "none of the classes"). Raises UserError that says what is wrong.
+    """
+    path = locate(source)
+    tensors, facts = read_folder(path) if path.is_dir() else unwrap(load_any(path), path)
+    state = translate(tensors)
+    if not any(name.startswith("encoder.stages.0.") for name in state):
+        some = ", ".join(list(tensors)[:4]) or "none"
+        raise UserError(f"{source}: no SegFormer in a layout that we know; its tensors: {some}")
+    if any(re.match(r"((module|_orig_mod|student)\.)*linear_pred\.", name) for name in tensors):
+        # TransKD's release: images of 512 rows in [0, 1], the 20th class is void
+        facts |= dict(mean=[0.0] * 3, std=[1.0] * 3, resize=512)
+        if len(state["head.classifier.weight"]) == 20:
+            facts["void"] = 19
+    return state, facts
+
+
+def locate(source):
+    path = Path(source)
+    if path.exists():
+        return path
+    name = str(source)
+    named = re.fullmatch(r"[\w][\w.-]*/[\w.-]+", name)
+    if named and not re.search(r"\.(pt|pth|bin|safetensors|ckpt)$", name):
+        if not path.parent.exists():
+            return fetch(name)
+    raise UserError(f"{source}: no such file" + " or folder" * (not path.suffix))
+
+
+def load_any(path):
+    """What a .safetensors, .bin, .pth or .pt file holds, told apart by its first bytes."""
+    with open(path, "rb") as f:
+        start = f.read(9)
+    if start[8:] != b"{":  # safetensors: eight bytes of length, then JSON
+        return load_tensors(path)
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as e:
+        raise UserError(f"{path}: pip install safetensors, to read it") from e
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as e:
+        raise UserError(f"{path}: not a whole safetensors file ({e})") from e
+
+
+def unwrap(tree, path):
+    """(tensors, facts) of what a training script saved: weights, and plain values beside them."""
+    facts = {}
+    if isinstance(tree, dict) and tree.get("format") not in (None, FORMAT):
+        raise UserError(f"{path}: the state of a run; pass the run's student.pt or teacher.pt")
+    while isinstance(tree, dict):
+        if tree.get("format") == FORMAT:
+            facts = {k: v for k, v in tree.items() if k not in OURS}
+        meta = tree.get("meta")  # mmcv's
+        if isinstance(meta, dict) and meta.get("CLASSES"):
+            facts |= dict(classes=list(meta["CLASSES"]))
+            if meta.get("PALETTE"):
+                facts |= dict(palette=[list(c) for c in meta["PALETTE"]])
+        for name in ("state_dict", "model", "model_state_dict", "net"):
+            if isinstance(tree.get(name), dict):
+                tree = tree[name]
+                break
+        else:
+            return {k: v for k, v in tree.items() if isinstance(v, torch.Tensor)}, facts
+    return {}, facts
+
+
+def read_json(path):
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not a JSON file ({e})") from e
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a JSON object was expected")
+    return tree
+
+
+def read_folder(folder):
+    """(tensors, facts) of a folder that transformers wrote."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    for name in names:
+        if (folder / name).exists():
+            tensors, _ = unwrap(load_any(folder / name), folder / name)
+            break
+        if (folder / f"{name}.index.json").exists():
+            tensors = {}
+            for shard in shards(folder / f"{name}.index.json"):
+                tensors |= unwrap(load_any(folder / shard), folder / shard)[0]
+            break
+    else:
+        raise UserError(f"{folder}: neither {names[0]} nor {names[1]} in it (nor shards of them)")
+    return tensors, folder_facts(folder)
+
+
+def shards(index):
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f"{index}: no weight_map in it")
+    names = sorted(set(map(str, names.values())))
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise UserError(f"{index}: names the shard {name}, which is no file beside it")
+    return names
+
+
+def folder_facts(folder):
+    """Class names, input statistics and size, from config.json and preprocessor_config.json."""
+    facts = {}
+    if (folder / "config.json").exists():
+        config = read_json(folder / "config.json")
+        if config.get("model_type", "segformer") != "segformer":
+            raise UserError(f"{folder}/config.json: a {config['model_type']}, not a segformer")
+        facts["heads"] = tuple(config.get("num_attention_heads") or ()) or None
+        names = config.get("id2label")
+        if isinstance(names, dict) and names:
+            try:
+                facts["classes"] = [str(names[str(k)]) for k in range(len(names))]
+            except KeyError as e:
+                raise UserError(f"{folder}/config.json: id2label has no {e}") from e
+    if (folder / "preprocessor_config.json").exists():
+        config = read_json(folder / "preprocessor_config.json")
+        for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+            if config.get("do_normalize", True) and config.get(theirs):
+                facts[ours] = [float(v) for v in config[theirs]]
+        size = config.get("size")
+        size = min(size.values(), default=None) if isinstance(size, dict) else size
+        if config.get("do_resize", True) and size:
+            facts["resize"] = int(size)
+    return facts
+
+
+def fetch(name):
+    """The folder of a hub's model in huggingface_hub's cache, downloaded if it is not there yet."""
+    by_hand = (
+        f"get config.json, preprocessor_config.json (if there) and model.safetensors or "
+        f"pytorch_model.bin from https://huggingface.co/{name}/tree/main and pass the folder"
+    )
+    try:
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError as e:
+        raise UserError(f"{name}: pip install huggingface_hub to download it, or {by_hand}") from e
+    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if not (cached or constants.HF_HUB_OFFLINE or reachable(constants.ENDPOINT)):
+        raise UserError(f"{name}: no connection to {constants.ENDPOINT}; {by_hand}")
+
+    if not cached:
+        print(f"{name}: downloading from {constants.ENDPOINT}/{name} (its licence is there)")
+
+    def get(*files):
+        for file in files:
+            try:
+                return Path(hf_hub_download(name, file))
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                continue
+        return None
+
+    try:
+        config = get("config.json")
+        if config is None:
+            raise UserError(f"{name}: has no config.json, so it is no model of transformers")
+        get("preprocessor_config.json")
+        kinds = ("model.safetensors", "pytorch_model.bin")
+        weights = get(kinds[0], f"{kinds[0]}.index.json", kinds[1], f"{kinds[1]}.index.json")
+        if weights is None:
+            raise UserError(f"{name}: has neither {kinds[0]} nor {kinds[1]}")
+        parts = [weights]
+        if weights.suffix == ".json":
+            names = set(map(str, read_json(weights).get("weight_map", {}).values()))
+            parts = [get(part) for part in sorted(names)]
+    except (OSError, ValueError) as e:  # its errors of network, of the server, of a name
+        raise UserError(f"{name}: {str(e).splitlines()[0]} Or: {by_hand}") from e
+    for part in filter(None, parts):
+        verify(part)
+    return config.parent
+
+
+def verify(path):
+    """A large file's name in the hub's cache is its SHA-256: compare."""
+    blob = path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        digest = hashlib.sha256()
+        with open(blob, "rb") as f:
+            while chunk := f.read(1 << 20):
+                digest.update(chunk)
+        digest = digest.hexdigest()
+        if digest != blob.name:
+            blob.unlink()
+            raise UserError(f"{path}: damaged (SHA-256 {digest}); removed, so try again")
+
+
+def reachable(url):
+    """Whether anybody answers there, within seconds: the downloader itself would wait long."""
+    if urllib.request.getproxies():
+        return True
+    parts = urllib.parse.urlsplit(url)
+    address = (parts.hostname, parts.port or {"http": 80}.get(parts.scheme, 443))
+    try:
+        socket.create_connection(address, timeout=5).close()
+    except OSError:
+        return False
+    return True
