@@ -41,10 +41,11 @@ def first_then_others(work):
     rank, world = rank_and_world()
     if rank > 0:
         dist.barrier()
-    result = work()
-    if rank == 0 and world > 1:
-        dist.barrier()
-    return result
+    try:
+        return work()
+    finally:  # an error is theirs to find too: nobody must wait for a process that is gone
+        if rank == 0 and world > 1:
+            dist.barrier()
 
 
 def any_process(*flags):

@@ -223,27 +223,23 @@ def shards(index):
 
 def folder_facts(folder):
     """Class names, input statistics and size, from config.json and preprocessor_config.json."""
+    paths = folder / "config.json", folder / "preprocessor_config.json"
+    config, inputs = (read_json(path) if path.exists() else {} for path in paths)
+    if config.get("model_type", "segformer") != "segformer":
+        raise UserError(f"{paths[0]}: a {config['model_type']}, not a segformer")
     facts = {}
-    if (folder / "config.json").exists():
-        config = read_json(folder / "config.json")
-        if config.get("model_type", "segformer") != "segformer":
-            raise UserError(f"{folder}/config.json: a {config['model_type']}, not a segformer")
+    try:
         facts["heads"] = tuple(config.get("num_attention_heads") or ()) or None
-        names = config.get("id2label")
-        if isinstance(names, dict) and names:
-            try:
-                facts["classes"] = [str(names[str(k)]) for k in range(len(names))]
-            except KeyError as e:
-                raise UserError(f"{folder}/config.json: id2label has no {e}") from e
-    if (folder / "preprocessor_config.json").exists():
-        config = read_json(folder / "preprocessor_config.json")
-        for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-            if config.get("do_normalize", True) and config.get(theirs):
-                facts[ours] = [float(v) for v in config[theirs]]
-        size = config.get("size")
-        size = min(size.values(), default=None) if isinstance(size, dict) else size
-        if config.get("do_resize", True) and size:
-            facts["resize"] = int(size)
+        names = config.get("id2label") or {}
+        facts["classes"] = [str(names[str(k)]) for k in range(len(names))] or None
+        if inputs.get("do_normalize", True):
+            for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+                facts[ours] = [float(v) for v in inputs.get(theirs) or ()] or None
+        size = inputs.get("size") if inputs.get("do_resize", True) else None
+        facts["resize"] = size and int(min(size.values()) if isinstance(size, dict) else size)
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        words = f"{type(e).__name__}: {e}"
+        raise UserError(f"{folder}: its config files are not as they should be ({words})") from e
     return facts
 
 

@@ -475,7 +475,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
 def test_checkpoints_of_another_kind(folder, tmp_path):
     out = tmp_path / "out"
     run(folder, out, "--method", "none", "--save-every", "0")
-    with pytest.raises(UserError, match="last.pt is the state of an unfinished one"):
+    with pytest.raises(UserError, match="last.pt: the state of a run; pass the run's student.pt"):
         model.load(out / "last.pt")
     other = write_folder(tmp_path / "other", classes=2)
     with pytest.raises(UserError, match="predicts 3 classes, folder has 2"):

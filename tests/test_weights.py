@@ -251,6 +251,9 @@ def test_preprocessor_and_config_are_obeyed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | dict(model_type="bert")))
     with pytest.raises(UserError, match="a bert, not a segformer"):
         model.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(id2label={"1": "x"})))
+    with pytest.raises(UserError, match="config files are not as they should be .KeyError: '0'"):
+        model.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json: not a JSON file"):
         model.load(tmp_path)
