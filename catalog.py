@@ -128,11 +128,12 @@ def open_folder(root, name="folder", classes=None):
 
 
 def open_nyuv2(root):
-    """NYU Depth v2 in the folder layout, with the 40 classes of Gupta et al. (CVPR 2013)."""
+    """NYU Depth v2 in the folder layout: 40 classes (Gupta et al., CVPR 2013), or 13 of them."""
     classes = [(name.replace("_", " "), c) for name, c in zip(NYU40, colours(40))]
     dataset = open_folder(root, "nyuv2", classes)
-    if len(dataset.classes) != 40:
-        raise UserError(f"{root}/classes.txt: {len(dataset.classes)} classes, NYUv2 has 40 here")
+    if len(dataset.classes) not in (13, 40):
+        n = len(dataset.classes)
+        raise UserError(f"{root}/classes.txt: {n} classes, NYUv2 has 40 or 13 here")
     return dataset
 
 
