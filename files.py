@@ -200,7 +200,8 @@ def fetch(url, part, note, size, checked):
             if reply.headers.get_content_type() == "text/html":  # of a login, or of a hotel
                 raise Cut("a web page in place of the file", again=False)
             if size and total and total != size:
-                raise UserError(f"{url}: {total} bytes, expected {size}: another file by now?")
+                words = "another file by now? Not fetched; look at its page"
+                raise UserError(f"{url}: {total} bytes, expected {size}: {words}")
             tag, date = reply.headers.get("ETag", ""), reply.headers.get("Last-Modified")
             part.unlink(missing_ok=True)  # before the note: they must never disagree
             with atomic(note) as tmp:  # a weak tag, W/"...", does not promise the same bytes
