@@ -207,7 +207,12 @@ def test_cocostuff10k(tmp_path):
 
 @pytest.mark.parametrize("name", ["cityscapes", "acdc", "voc2012", "ade20k", "cocostuff164k"])
 def test_an_empty_folder_is_an_error_that_helps(tmp_path, name):
-    with pytest.raises(UserError, match=f"python data.py download {name}|no such folder"):
+    words = {
+        "cityscapes": "fetch leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https:",
+        "acdc": "fetch rgb_anon_trainvaltest.zip and gt_trainval.zip from https:",
+        "cocostuff164k": "fetch train2017.zip, val2017.zip and stuffthingmaps_trainval2017.zip",
+    }.get(name, f"python data.py download {name}")
+    with pytest.raises(UserError, match=f"{tmp_path}/.*; {words}"):
         catalog.open_dataset(name, tmp_path)
 
 
