@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import weights
 from files import UserError, save_tensors
-from weights import FORMAT, read
 
 # name: (embed dims, heads, depths, head width). nano is ours, for tests and the demo.
 MODELS = {
@@ -312,7 +312,9 @@ def save(path, net, **facts):
     facts: classes (names), palette (RGB triples), mean and std of the input, ... plain values only.
     """
     shape = dict(model=net.name, num_classes=net.num_classes, head_width=net.head.fuse.out_channels)
-    save_tensors(path, dict(format=FORMAT) | shape | facts | {"state_dict": net.state_dict()})
+    save_tensors(
+        path, dict(format=weights.FORMAT) | shape | facts | {"state_dict": net.state_dict()}
+    )
 
 
 def load(source):
@@ -321,7 +323,7 @@ def load(source):
     source: what `save` wrote, or anything of `weights.read` that has a segmentation head. Facts
     that it does not tell are None (classes, palette, dataset, ...), mean and std ImageNet's.
     """
-    state, facts = read(source)
+    state, facts = weights.read(source)
     name, num_classes, width = recognise(source, state, facts)
     net = build(name, num_classes, head_width=width)
     ours = net.state_dict()
@@ -368,7 +370,7 @@ def load_weights(net, source):
     head with another number of classes is left as it is, with a warning. Raises UserError if
     nothing fits.
     """
-    state, _ = read(source)
+    state, _ = weights.read(source)
     ours = net.state_dict()
     fits = {k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}
     if not fits:

@@ -76,6 +76,7 @@ DEFAULTS = {
 # quarter of the size; weight decay on everything; lr * (1 - epoch / 1500) over 1000 epochs.
 PAPER = dict(batch_size=2, teacher_batch_size=8, lr=6e-5, warmup=0.0, clip=0.0, colour=0.0)
 PAPER |= dict(class_weights="paper", csf_norm="batch", protocol="paper")
+IMAGENET = ("b0", "b1", "b2", "b3", "b4", "b5")  # those of which nvidia/mit-* are on the hub
 FINE_TUNING_LR = 6e-5  # a rate that leaves pre-trained weights what they know
 PAPER_EPOCHS, PAPER_DECAY_EPOCHS = 1000, 1500
 PAPER_DECIDES = ("crop_size", "scale")
@@ -357,20 +358,22 @@ def start_from(run, stage, net):
 
     A teacher of --teacher-init auto starts from ImageNet weights where they can be had.
     """
-    args, is_teacher = run.args, stage == "teacher"
-    init = args.teacher_init if is_teacher else args.student_init
-    if init == "auto":
-        init = "scratch" if run.dataset.name == "scenes" else f"nvidia/mit-{net.name}"
-    resumed = run.state and run.state["stage"] == stage
-    if resumed:
+    is_teacher = stage == "teacher"
+    init = run.args.teacher_init if is_teacher else run.args.student_init
+    if run.state and run.state["stage"] == stage:
         return run.inits[stage]
+    auto = is_teacher and init == "auto" and run.dataset.name != "scenes"
+    if init == "auto":
+        init = f"nvidia/mit-{net.name}" if auto else "scratch"
     if init != "scratch":
         quiet = contextlib.nullcontext() if run.rank == 0 else contextlib.redirect_stdout(None)
         try:
+            if auto and net.name not in IMAGENET:
+                raise UserError(f"There are no ImageNet weights of a {net.name}.")
             with quiet:
                 parallel.first_then_others(lambda: model.load_weights(net, init))
         except UserError as e:
-            if args.teacher_init != "auto" or not is_teacher:
+            if not auto:
                 raise
             run.print(
                 f"!!! {e}\n!!! So the teacher starts from SCRATCH. TransKD's teachers start from "
