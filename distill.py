@@ -328,9 +328,10 @@ METHODS = {
 }
 
 
-def build_method(spec, student_channels, teacher_channels, methods=METHODS, **options):
+def build_method(spec, student_channels, teacher_channels, methods=METHODS, widths=None, **options):
     """The method named by `spec`, "a" or "a+b", with those of `options` that it takes.
 
+    widths: channels of the decoded map of student and teacher, for the methods that ask for them.
     Raises UserError for an unknown name and for an option that none of the named methods takes.
     """
     names = spec.split("+")
@@ -343,10 +344,10 @@ def build_method(spec, student_channels, teacher_channels, methods=METHODS, **op
         raise UserError(f"method '{spec}' names one method twice")
     taken, built = set(), {}
     for name in names:
-        mine = options.keys() & inspect.signature(methods[name]).parameters.keys()
-        built[name] = methods[name](
-            student_channels, teacher_channels, **{k: options[k] for k in mine}
-        )
+        known = inspect.signature(methods[name]).parameters.keys()
+        mine = options.keys() & known
+        own = {k: options[k] for k in mine} | (dict(widths=widths) if "widths" in known else {})
+        built[name] = methods[name](student_channels, teacher_channels, **own)
         taken |= mine
     for option in options.keys() - taken:
         raise UserError(f"--{option.replace('_', '-')} has no effect on --method {spec}")

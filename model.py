@@ -6,6 +6,7 @@ MiT encoders and the SegFormer head, by hand (Xie et al., NeurIPS 2021, arXiv 21
     out.logits                    # (B, K, ceil(H/4), ceil(W/4))
     out.features                  # four maps (B, C_i, H_i, W_i), after the stage's LayerNorm
     out.embeddings                # four patch embeddings (B, H_i * W_i, C_i), after their LayerNorm
+    out.decoded                   # (B, width, ceil(H/4), ceil(W/4)), normalised, before the last ReLU
 
 Features and embeddings are what TransKD distils; a teacher asked only for them skips its head with
 `net(images, head=False)`.
@@ -42,6 +43,9 @@ class Output(NamedTuple):
     logits: torch.Tensor | None  # (B, K, H/4, W/4); None if the head was skipped
     features: tuple  # 4 x (B, C_i, H_i, W_i)
     embeddings: tuple  # 4 x (B, H_i * W_i, C_i)
+    decoded: torch.Tensor | None = (
+        None  # (B, width, H/4, W/4): what the classifier gets, no ReLU yet
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -231,7 +235,8 @@ class SegFormerHead(nn.Module):
 
     def forward(self, features):
         x = self.fuse_merged(features) if self.merged else self.fuse_as_written(features)
-        return self.classifier(self.drop(F.relu(self.norm(x))))  # (B, K, H/4, W/4)
+        decoded = self.norm(x)  # (B, width, H/4, W/4)
+        return self.classifier(self.drop(F.relu(decoded))), decoded
 
     def fuse_as_written(self, features):
         size = features[0].shape[2:]
@@ -261,14 +266,16 @@ class SegFormer(nn.Module):
         dims, heads, depths, width = MODELS[name]
         self.name, self.num_classes, self.channels = name, num_classes, dims
         self.encoder = MiT(dims, heads, depths, drop_path)
-        self.head = SegFormerHead(dims, head_width or width, num_classes, dropout)
+        self.width = head_width or width
+        self.head = SegFormerHead(dims, self.width, num_classes, dropout)
 
     def forward(self, images, head=True):
         if min(images.shape[2:]) < 32:
             h, w = images.shape[2:]
             raise UserError(f"an image of {h}x{w} pixels: {self.name} needs 32x32 at least")
         features, embeddings = self.encoder(images)
-        return Output(self.head(features) if head else None, features, embeddings)
+        logits, decoded = self.head(features) if head else (None, None)
+        return Output(logits, features, embeddings, decoded)
 
 
 def build(name, num_classes, drop_path=0.1, dropout=0.1, head_width=None):
@@ -311,7 +318,7 @@ def save(path, net, **facts):
 
     facts: classes (names), palette (RGB triples), mean and std of the input, ... plain values only.
     """
-    shape = dict(model=net.name, num_classes=net.num_classes, head_width=net.head.fuse.out_channels)
+    shape = dict(model=net.name, num_classes=net.num_classes, head_width=net.width)
     save_tensors(
         path, dict(format=weights.FORMAT) | shape | facts | {"state_dict": net.state_dict()}
     )

@@ -336,7 +336,8 @@ def run_stage(run, stage, name, method="none", teacher=None):
     options = {k: getattr(args, k) for k in OPTIONS if getattr(args, k) is not None}
     channels = teacher[0].channels if teacher else None
     options = options if method != "none" or args.method == "none" else {}
-    method = distill.build_method(method, net.channels, channels, METHODS, **options)
+    widths = (net.width, teacher[0].width if teacher else None)
+    method = distill.build_method(method, net.channels, channels, METHODS, widths, **options)
     extra = model.count_parameters(method)
     of = len(run.images(stage))
     adapters = f", {extra:,} more parameters to train" * (extra > 0)
