@@ -6,7 +6,7 @@ MiT encoders and the SegFormer head, by hand (Xie et al., NeurIPS 2021, arXiv 21
     out.logits                    # (B, K, ceil(H/4), ceil(W/4))
     out.features                  # four maps (B, C_i, H_i, W_i), after the stage's LayerNorm
     out.embeddings                # four patch embeddings (B, H_i * W_i, C_i), after their LayerNorm
-    out.decoded                   # (B, width, ceil(H/4), ceil(W/4)), normalised, before the last ReLU
+    out.decoded                   # (B, width, ceil(H/4), ceil(W/4)), normalised, before ReLU
 
 Features and embeddings are what TransKD distils; a teacher asked only for them skips its head with
 `net(images, head=False)`.
