@@ -314,8 +314,8 @@ def get_args():
         "--mask",
         action="store_true",
         help="onnx, pt2: from photos to class ids in one graph. Photos (B, H, W, 3), uint8 RGB, "
-        "the order of bytes in a camera's buffer and in PIL; ids (B, H, W), uint8. Without it: "
-        "normalised float images (B, 3, H, W) to logits (B, K, H/4, W/4)",
+        "as decoders, PIL and NumPy hold them, so that no app transposes; ids (B, H, W), uint8. "
+        "Without it: normalised float images (B, 3, H, W) to logits (B, K, H/4, W/4)",
     )
     return p.parse_args()
 
