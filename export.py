@@ -24,10 +24,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 
+import catalog
+import files
 import model
+import weights
 from augment import normalise
 from distill import IGNORE
-from model import UserError
+from files import UserError
 
 MIN_SIDE = 64  # with less, a map is one pixel high, which torch.export takes for a case of its own
 TRACED = (2, 96, 160)  # (B, H, W) of the images that a graph is traced with
@@ -109,8 +112,8 @@ def hf_state(state):
 
 def hf_configs(net, facts, mean_std):
     """What goes into config.json and into preprocessor_config.json."""
-    dims, heads, depths, width = model.MODELS[net.name]
-    classes = facts.get("classes") or [f"class {k}" for k in range(net.num_classes)]
+    dims, heads, depths, _ = model.MODELS[net.name]
+    classes = [*facts["classes"], "void"][: net.num_classes]
     config = dict(
         architectures=["SegformerForSemanticSegmentation"],
         model_type="segformer",
@@ -119,7 +122,7 @@ def hf_configs(net, facts, mean_std):
         hidden_sizes=dims,
         num_attention_heads=heads,
         depths=depths,
-        decoder_hidden_size=width,
+        decoder_hidden_size=net.width,
         sr_ratios=model.SR_RATIOS,
         mlp_ratios=[model.MLP_RATIO] * 4,
         patch_sizes=(7, 3, 3, 3),
@@ -129,9 +132,10 @@ def hf_configs(net, facts, mean_std):
         id2label=dict(enumerate(classes)),
         label2id={name: k for k, name in enumerate(classes)},
     )
+    config[weights.FORMAT] = {k: v for k, v in facts.items() if v is not None}  # for our own load
     processor = dict(
         image_processor_type="SegformerImageProcessor",
-        do_resize=bool(facts.get("resize")),
+        do_resize=bool(facts["resize"]),
         resample=2,  # bilinear, as in eval.prepare
         do_rescale=True,
         rescale_factor=1 / 255,
@@ -140,7 +144,7 @@ def hf_configs(net, facts, mean_std):
         image_std=mean_std[1],
         do_reduce_labels=False,
     )
-    if facts.get("resize"):
+    if facts["resize"]:
         processor["size"] = dict(shortest_edge=facts["resize"])  # 4.x: with use_fast=True only
     return config, processor
 
@@ -300,7 +304,7 @@ def get_args():
     p = argparse.ArgumentParser(
         description="Write a checkpoint in a form that other programs open", allow_abbrev=False
     )
-    p.add_argument("--ckpt", required=True, help="student.pt or teacher.pt of a run")
+    p.add_argument("--ckpt", required=True, help="as of eval.py: a run's, or anybody's SegFormer")
     p.add_argument(
         "--to",
         required=True,
@@ -333,21 +337,18 @@ def main(args):
     if out.exists() and not out.is_dir():
         raise UserError(f"--out-dir {out}: a file, not a folder")
     net, facts = model.load(args.ckpt)
-    mean_std = None
-    if args.mask or args.to == "hf":
-        mean_std = facts.get("mean"), facts.get("std")
-        if None in mean_std:
-            raise UserError(f"{args.ckpt} does not say which mean and std its images need")
+    facts = catalog.complete(facts, net.num_classes)
+    mean_std = (facts["mean"], facts["std"]) if args.mask or args.to == "hf" else None
     with staging(out) as tmp:
         said = write(net, facts, tmp, mean_std)
         sizes = {path.name: path.stat().st_size / 1e6 for path in sorted(tmp.iterdir())}
     print(f"{out}: {', '.join(sizes)}, {sum(sizes.values()):.2f} MB")
     print(said)
-    if facts.get("resize") and args.to != "hf":
+    if facts["resize"] and args.to != "hf":
         print(f"it wants images with a shorter side of {facts['resize']} pixels, as in training")
     print(f"open it with {how.format(out)}")
 
 
 if __name__ == "__main__":
     cli_args = get_args()
-    model.cli(main, cli_args)
+    files.cli(main, cli_args)

@@ -9,11 +9,14 @@ import torch
 from conftest import picture
 from PIL import Image
 from test_model import fill
+from test_weights import nvlabs
 
+import catalog
 import eval as evaluation
 import export
+import files
 import model
-from augment import IMAGENET_MEAN, IMAGENET_STD
+from model import IMAGENET_MEAN, IMAGENET_STD
 
 FACTS = dict(
     classes=[f"thing {k}" for k in range(5)],
@@ -115,6 +118,28 @@ def test_hf_in_transformers(name, tmp_path, monkeypatch, capsys):
     assert config.label2id["thing 3"] == 3 and config.semantic_loss_ignore_index == 255
 
 
+@pytest.mark.parametrize("layout", ["ours", "NVlabs", "TransKD"])
+def test_round_trip(layout, tmp_path, monkeypatch):
+    """From any layout to a Hugging Face folder and back: the same bits, and the facts."""
+    pytest.importorskip("safetensors")
+    facts = dict(dataset="folder", short_side=64, resize=96, dtype="bfloat16", void=None)
+    path = checkpoint(tmp_path, **facts)
+    if layout != "ours":
+        net = fill(model.build("nano", 20))
+        prefix, head = dict(NVlabs=("backbone.", "decode_head."), TransKD=("student.",) * 2)[layout]
+        torch.save(nvlabs(net.state_dict(), prefix, head), path)
+    net, facts = model.load(path)
+    run(monkeypatch, "--ckpt", path, "--to", "hf", "--out-dir", tmp_path / "hf")
+    again, read = model.load(tmp_path / "hf")
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    filled = catalog.complete(facts, net.num_classes)
+    assert read == filled and (layout != "TransKD" or (read["void"], read["mean"]) == (19, [0] * 3))
+    run(monkeypatch, "--ckpt", tmp_path / "hf", "--to", "hf", "--out-dir", tmp_path / "again")
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
 @pytest.mark.parametrize("resize, tolerance", [(None, 1e-5), (32, 0.02)])
 def test_hf_processor_prepares_images_as_we_do(resize, tolerance, tmp_path, monkeypatch):
     """To 0.02 if it resizes: one of 255 steps, for torchvision rounds otherwise than PIL."""
@@ -186,9 +211,9 @@ def test_pt2(mask, tmp_path, monkeypatch, capsys):
     flags = ["--mask"] if mask else []
     run(monkeypatch, "--ckpt", path, "--to", "pt2", "--out-dir", tmp_path / "o", *flags)
     assert "largest difference" in capsys.readouterr().out
-    files = dict(classes="", palette="", mean="", std="")
-    program = torch.export.load(tmp_path / "o" / "model.pt2", extra_files=files)
-    assert {key: json.loads(files[key]) for key in files} == {key: FACTS[key] for key in files}
+    about = dict(classes="", palette="", mean="", std="")
+    program = torch.export.load(tmp_path / "o" / "model.pt2", extra_files=about)
+    assert {key: json.loads(about[key]) for key in about} == {key: FACTS[key] for key in about}
     (assert_same_masks if mask else assert_same_logits)(path, program.module())
     assert str(export.__file__).encode() not in (tmp_path / "o" / "model.pt2").read_bytes()
 
@@ -219,7 +244,7 @@ def test_a_failed_comparison_leaves_nothing(there, tmp_path, monkeypatch):
         out.mkdir(parents=True)
         (out / "config.json").write_text("old")
     monkeypatch.setattr(export, "HF_TOLERANCE", 1e-9)
-    with pytest.raises(model.UserError, match="discarded: it differs by"):
+    with pytest.raises(files.UserError, match="discarded: it differs by"):
         run(monkeypatch, "--ckpt", path, "--to", "hf", "--out-dir", out)
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*"))
     assert left == (["nano.pt", "new", "new/hf", "new/hf/config.json"] if there else ["nano.pt"])
@@ -234,9 +259,9 @@ def test_compare_finds_what_differs(mean_std):
     for factor in (1.01, float("nan")):
         bad = export.Deployed(net, mean_std)
         bad.weights[2].data *= factor
-        with pytest.raises(model.UserError, match="discarded: it differs"):
+        with pytest.raises(files.UserError, match="discarded: it differs"):
             export.compare(net, bad, 1e-4, mean_std)
-    with pytest.raises(model.UserError, match="discarded: it gives"):
+    with pytest.raises(files.UserError, match="discarded: it gives"):
         export.compare(net, lambda x: good(x)[:, 1:], 1e-4, mean_std)
 
 
@@ -247,14 +272,13 @@ def test_compare_finds_what_differs(mean_std):
         (["--ckpt", "text.pt", "--to", "pt2"], "not a checkpoint"),
         (["--ckpt", "nano.pt", "--to", "pt2", "--out-dir", "text.pt"], "a file, not a folder"),
         (["--ckpt", "nano.pt", "--to", "hf", "--mask"], "--mask is for onnx and pt2"),
-        (["--ckpt", "nano.pt", "--to", "pt2", "--mask"], "does not say which mean and std"),
     ],
 )
 def test_mistakes(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    checkpoint(tmp_path, mean=None)
+    checkpoint(tmp_path)
     (tmp_path / "text.pt").write_text("text")
-    with pytest.raises(model.UserError, match=message):
+    with pytest.raises(files.UserError, match=message):
         run(monkeypatch, "--out-dir", "out", *argv)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nano.pt", "text.pt"]
 
@@ -263,11 +287,11 @@ def test_mistakes(argv, message, tmp_path, monkeypatch):
 def test_missing_packages_are_named(form, packages, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.7.0"))
     monkeypatch.setattr(export, "installed", lambda name: name not in packages.split())
-    with pytest.raises(model.UserError, match=f"--to {form} needs: pip install {packages}$"):
+    with pytest.raises(files.UserError, match=f"--to {form} needs: pip install {packages}$"):
         run(monkeypatch, "--ckpt", checkpoint(tmp_path), "--to", form, "--out-dir", tmp_path / "o")
 
 
 def test_onnx_and_torch_2_6(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.6.0+cpu"))
-    with pytest.raises(model.UserError, match="--to onnx needs torch 2.7"):
+    with pytest.raises(files.UserError, match="--to onnx needs torch 2.7"):
         run(monkeypatch, "--ckpt", checkpoint(tmp_path), "--to", "onnx", "--out-dir", "o")
