@@ -336,11 +336,9 @@ def load(source):
     ours = net.state_dict()
     odd = [k for k in ours if k in state and state[k].shape != ours[k].shape]
     missing = [k for k in ours if k not in state and not k.endswith("num_batches_tracked")]
-    if odd or missing:
-        raise UserError(
-            f"{source}: damaged, or no {name}: {listed(missing, 'missing')}"
-            f"{listed(odd, 'of another shape')}"
-        )
+    wrong = [listed(missing, "missing"), listed(odd, "of another shape")]
+    if any(wrong):
+        raise UserError(f"{source}: damaged, or no {name}: {'; '.join(filter(None, wrong))}")
     net.load_state_dict({k: v for k, v in state.items() if k in ours}, strict=False)
     known = dict(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD), dtype="float32")
     known |= dict.fromkeys(("dataset", "classes", "palette", "short_side", "resize", "void"))
@@ -398,6 +396,6 @@ def load_weights(net, source):
 
 
 def listed(names, what):
-    """'3 what: a, b, c', or '' if there are none; six names at most."""
+    """'3 missing: a, b, c', or '' if there are none; six names at most."""
     some = ", ".join(names[:6]) + " ..." * (len(names) > 6)
-    return f"{len(names)} {what}: {some} " if names else ""
+    return f"{len(names)} {what}: {some}" if names else ""
