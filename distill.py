@@ -78,6 +78,11 @@ def cwd(student, teacher, T=1.0):
     return T**2 * kl / (student.shape[0] * student.shape[1])
 
 
+def to_grid(x, size):
+    """Map (B, C, H, W) at `size`: average-pooled where it is larger, bilinear where smaller."""
+    return resize(F.adaptive_avg_pool2d(x, [min(a, b) for a, b in zip(x.shape[2:], size)]), size)
+
+
 def full_precision(x):
     """A context without autocast on x's device: matrix products of float32 stay float32."""
     return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)

@@ -99,6 +99,15 @@ def test_gram_difference_ignores_autocast():
     assert torch.equal(low[1], distill.gram_difference(a[:, :4], b[:, :4]))
 
 
+def test_to_grid_averages_what_is_larger_and_interpolates_what_is_smaller():
+    x = torch.arange(12.0).view(1, 1, 2, 6)
+    assert distill.to_grid(x, (2, 6)).equal(x)
+    assert distill.to_grid(x, (1, 3)).flatten().tolist() == [3.5, 5.5, 7.5]
+    assert distill.to_grid(x, (4, 6)).equal(model.resize(x, (4, 6)))
+    both = distill.to_grid(x, (4, 3))  # taller and narrower
+    assert both.equal(model.resize(x.unflatten(3, (3, 2)).mean(4), (4, 3)))
+
+
 def test_cross_entropy_against_torch():
     logits, labels = torch.randn(2, 5, 8, 8), torch.randint(0, 5, (2, 8, 8))
     labels[0, :3] = 255
