@@ -50,7 +50,7 @@ def patch_groups(x, patch, group):
     """Map (B, C, H, W) -> [(B * g, h * w, p * C), ...]: patches of h x w, p of them stacked.
 
     There are n = H // patch rows of patches (one at least), h = H // n high, and columns likewise:
-    at `patch` or a little more, so that few rows and columns are left over; those are dropped.
+    `patch` on large maps, less than twice that on small ones. Left over rows, columns are dropped.
     Patches are grouped in row-major order, `group` at a time; what remains is a smaller group.
     """
     B, C, H, W = x.shape
@@ -82,8 +82,8 @@ class TaT(nn.Module):
     t is brought to the same grid by `to_grid`. All three embeddings are trained, the teacher's too.
 
     tat_axis: whose positions the softmax runs over. "teacher": sum_j softmax_j(q_i k_j) v_j is
-    compared with t_i, as in the authors' code, which produced their numbers. "student": as their
-    text has it, sum_j softmax_j(k_i q_j) v_j: only so does position i of the teacher choose among
+    compared with t_i, as in the code that the authors released. "student": as their text explains
+    it, sum_j softmax_j(k_i q_j) v_j: only so does position i of the teacher choose among
     those of the student, and only so can a student whose positions are permuted be matched.
     tat_patch, tat_group: positions along a patch's side, and how many patches make a group.
     tat_anchors: anchor points per side; 32 leave every position of a map below 48x48 an anchor of
