@@ -257,6 +257,13 @@ class PatchEmbeddingAlignment(nn.Module):
 # the methods
 
 
+def refuse_idle(method, *checks):
+    """checks: (whether an option changes nothing here, its flag). UserError for the first idle."""
+    for idle, flag in checks:
+        if idle:
+            raise UserError(f"{method}, {flag}: there is nothing for it to act on")
+
+
 class NoDistillation(nn.Module):
     """The student alone: no terms, no parameters, no teacher."""
 
@@ -298,7 +305,8 @@ class TransKD(nn.Module):
         self.feature_weight, self.embed_weight = feature_weight, embed_weight
         stages = EMBED_STAGES[embed]
         no_maps, no_tokens, no_mixer = feature_loss == "none", not stages, variant != "gl"
-        for idle, flag in (
+        refuse_idle(
+            f"transkd-{variant}",
             (no_maps and no_tokens, "--feature-loss none --embed none"),
             (no_maps and csf_norm != "none", "--csf-norm"),
             (no_maps and feature_weight != 1, "--feature-weight"),
@@ -306,9 +314,7 @@ class TransKD(nn.Module):
             (no_mixer and (gl_init != 0.5 or gl_residual), "--gl-init or --gl-residual"),
             (variant == "gl" and 3 not in stages, f"--embed {embed} with the mixer of stage 4"),
             (variant == "ea" and no_tokens, "--embed none with the Embedding Assistant"),
-        ):
-            if idle:
-                raise UserError(f"transkd-{variant}, {flag}: there is nothing for it to act on")
+        )
         self.alpha = tuple(embed_alpha) if embed == "all" else (1.0,)
         self.csf = self.pea = None
         if self.feature_loss:
@@ -360,10 +366,13 @@ METHODS = {
 }
 
 
-def build_method(spec, student_channels, teacher_channels, methods=METHODS, widths=None, **options):
+def build_method(
+    spec, student_channels, teacher_channels, methods=METHODS, widths=None, classes=None, **options
+):
     """The method named by `spec`, "a" or "a+b", with those of `options` that it takes.
 
-    widths: channels of the decoded map of student and teacher, for the methods that ask for them.
+    For the methods that ask for them: widths, the channels of the decoded map of student and
+    teacher, and classes, the number of classes.
     Raises UserError for an unknown name and for an option that none of the named methods takes.
     """
     names = spec.split("+")
@@ -378,7 +387,8 @@ def build_method(spec, student_channels, teacher_channels, methods=METHODS, widt
     for name in names:
         known = inspect.signature(methods[name]).parameters.keys()
         mine = options.keys() & known
-        own = {k: options[k] for k in mine} | (dict(widths=widths) if "widths" in known else {})
+        own = {k: options[k] for k in mine}
+        own |= {k: v for k, v in dict(widths=widths, classes=classes).items() if k in known}
         built[name] = methods[name](student_channels, teacher_channels, **own)
         taken |= mine
     for option in options.keys() - taken:

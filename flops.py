@@ -91,8 +91,9 @@ def rows(args):
                 net = model.build(name, args.num_classes)
                 options = {} if args.csf_norm is None else dict(csf_norm=args.csf_norm)
                 widths = (net.width, teacher.width)
+                known = (METHODS, widths, args.num_classes)
                 method = distill.build_method(
-                    args.method, net.channels, teacher.channels, METHODS, widths, **options
+                    args.method, net.channels, teacher.channels, *known, **options
                 )
                 labels = torch.zeros(1, height, width, dtype=torch.uint8)
                 extra = functools.partial(method.eval(), teacher=teacher(image), images=image)

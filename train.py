@@ -337,7 +337,8 @@ def run_stage(run, stage, name, method="none", teacher=None):
     channels = teacher[0].channels if teacher else None
     options = options if method != "none" or args.method == "none" else {}
     widths = (net.width, teacher[0].width if teacher else None)
-    method = distill.build_method(method, net.channels, channels, METHODS, widths, **options)
+    known = (METHODS, widths, len(run.dataset.classes))
+    method = distill.build_method(method, net.channels, channels, *known, **options)
     extra = model.count_parameters(method)
     of = len(run.images(stage))
     adapters = f", {extra:,} more parameters to train" * (extra > 0)

@@ -340,10 +340,11 @@ def test_kd_against_loops():
 def test_any_pair_at_any_size(pair, size):
     with torch.device("meta"):
         s, t = (model.build(name, 3) for name in pair)
-        images = torch.empty(2, 3, *size)
+        images, labels = torch.empty(2, 3, *size), torch.empty(2, *size, dtype=torch.uint8)
         for name in METHODS:
-            method = build_method(name, s.channels, t.channels, METHODS)
-            terms = method(s(images), t(images), images, None)
+            known = (METHODS, (s.width, t.width), 3)
+            method = build_method(name, s.channels, t.channels, *known)
+            terms = method(s(images), t(images), images, labels)
             assert all(v.shape == () for v in terms.values())
 
 
