@@ -7,7 +7,7 @@ The other transformers that TransKD was tried on, of model.py's blocks: PVTv2 an
 
 `model.build("pvt_v2_b0", K)` and `model.build("lvt", K)` make them. They are called as SegFormer is
 and give the same `model.Output`, but for two things, as TransKD's authors released them: PVTv2's
-`decoded` is the sum of its head's four branches, each of which ends in a ReLU, so that none follows;
+`decoded` is the sum of its head's four branches, each of which ends in a ReLU, and none follows it;
 LVT's features have no LayerNorm, and its embeddings are those before theirs.
 """
 
