@@ -46,7 +46,7 @@ def measure(net, image, extra=None):
             extra(out)
 
     net.eval()
-    net.head.merged = False
+    net.head.merged = False  # PVTv2's head has no such choice, and does not mind
     gmacs, attention = count(run)
     net.head.merged = True
     executed, _ = count(run)

@@ -76,7 +76,9 @@ DEFAULTS = {
 # quarter of the size; weight decay on everything; lr * (1 - epoch / 1500) over 1000 epochs.
 PAPER = dict(batch_size=2, teacher_batch_size=8, lr=6e-5, warmup=0.0, clip=0.0, colour=0.0)
 PAPER |= dict(class_weights="paper", csf_norm="batch", protocol="paper")
-IMAGENET = ("b0", "b1", "b2", "b3", "b4", "b5")  # those of which nvidia/mit-* are on the hub
+# where on the hub there are ImageNet weights
+IMAGENET = {f"b{n}": f"nvidia/mit-b{n}" for n in range(6)}
+IMAGENET |= {f"pvt_v2_b{n}": f"OpenGVLab/pvt_v2_b{n}" for n in range(6)}
 FINE_TUNING_LR = 6e-5  # a rate that leaves pre-trained weights what they know
 PAPER_EPOCHS, PAPER_DECAY_EPOCHS = 1000, 1500
 PAPER_DECIDES = ("crop_size", "scale")
@@ -366,11 +368,11 @@ def start_from(run, stage, net):
         return run.inits[stage]
     auto = is_teacher and init == "auto" and run.dataset.name != "scenes"
     if init == "auto":
-        init = f"nvidia/mit-{net.name}" if auto else "scratch"
+        init = IMAGENET.get(net.name) if auto else "scratch"
     if init != "scratch":
         quiet = contextlib.nullcontext() if run.rank == 0 else contextlib.redirect_stdout(None)
         try:
-            if auto and net.name not in IMAGENET:
+            if init is None:
                 raise UserError(f"There are no ImageNet weights of a {net.name}.")
             with quiet:
                 parallel.first_then_others(lambda: model.load_weights(net, init))
@@ -696,7 +698,7 @@ def get_args(argv=None):
         "--teacher-init",
         default="auto",
         help="scratch, or weights: a file, a folder, a name on the hub; auto: nvidia/mit-TEACHER "
-        "(ImageNet), or scratch if it cannot be had, and for scenes",
+        "or the like (ImageNet), or scratch if it cannot be had, and for scenes",
     )
     p.add_argument("--student-init", default="scratch", help="likewise, without auto")
     p.add_argument("--method", default="transkd-base", help=f"{', '.join(METHODS)}; or a+b")
