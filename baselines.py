@@ -15,21 +15,25 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from distill import conv_bn, cwd, full_precision, gram_difference, hcl, refuse_idle, valid_mean
-from model import resize, to_tokens
+from distill import (
+    conv_bn,
+    cwd,
+    full_precision,
+    gram_difference,
+    hcl,
+    refuse_idle,
+    to_grid,
+    valid_mean,
+)
+from model import to_tokens
 
 # ------------------------------------------------------------------------------------------------
 # what several of them need
 
 
 def matched(s, t):
-    """Maps of student and teacher in float32, the teacher's at the student's size (B, C, h, w).
-
-    A larger one is averaged (adaptive pooling), a smaller one interpolated (bilinear).
-    """
-    s, t, size = s.float(), t.float(), s.shape[2:]
-    larger = t.shape[2] > size[0] or t.shape[3] > size[1]
-    return s, F.adaptive_avg_pool2d(t, size) if larger else resize(t, size)
+    """Maps of student and teacher in float32, the teacher's at the student's size (B, C, h, w)."""
+    return s.float(), to_grid(t.float(), s.shape[2:])
 
 
 def decoded_maps(student, teacher):
