@@ -78,6 +78,28 @@ def cwd(student, teacher, T=1.0):
     return T**2 * kl / (student.shape[0] * student.shape[1])
 
 
+def full_precision(x):
+    """A context without autocast on x's device: matrix products of float32 stay float32."""
+    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
+
+
+def gram_difference(a, b):
+    """Mean squared difference of two Gram matrices: rows (..., n, Ca) and (..., n, Cb) -> (...).
+
+        1/n^2 ||A A^T - B B^T||_F^2 = 1/n^2 (||A^T A||_F^2 + ||B^T B||_F^2 - 2 ||A^T B||_F^2)
+
+    With more rows than channels it is the right side, which has no n x n matrix. There the value of
+    equal matrices is 0 up to rounding, of either sign; the gradient is as good as the left side's.
+    """
+    n = a.shape[-2]
+    with full_precision(a):
+        a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+        if n <= max(a.shape[-1], b.shape[-1]):
+            return (a @ a.mT - b @ b.mT).square().mean((-2, -1))
+        aa, bb, ab = (x.mT @ (y / n) for x, y in ((a, a), (b, b), (a, b)))  # (..., C, C)
+        return sum(w * g.square().sum((-2, -1)) for w, g in ((1, aa), (1, bb), (-2, ab)))
+
+
 FEATURE_LOSSES = {"hcl": hcl, "cwd": cwd, "none": None}
 EMBED_STAGES = {"all": (0, 1, 2, 3), "none": (), "1": (0,), "2": (1,), "3": (2,), "4": (3,)}
 
