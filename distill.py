@@ -78,6 +78,11 @@ def cwd(student, teacher, T=1.0):
     return T**2 * kl / (student.shape[0] * student.shape[1])
 
 
+def to_grid(x, size):
+    """Map (B, C, H, W) at `size`: average-pooled where it is larger, bilinear where smaller."""
+    return resize(F.adaptive_avg_pool2d(x, [min(a, b) for a, b in zip(x.shape[2:], size)]), size)
+
+
 def full_precision(x):
     """A context without autocast on x's device: matrix products of float32 stay float32."""
     return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
@@ -265,6 +270,9 @@ class TransKD(nn.Module):
     feature_loss: "hcl" or, in its place, "cwd"; "none" leaves CSF out (PEA alone).
     embed: "all" stages with weights alpha, one stage "1".."4" with weight 1, "none" (CSF alone).
     feature_weight, embed_weight: factors on the two sums; 1 in the paper.
+
+    A CNN's maps are brought to the student's grids (`to_grid`); it has no patch embeddings, so
+    that CSF alone can learn from it.
     """
 
     needs_teacher, needs_logits = True, False
@@ -282,6 +290,7 @@ class TransKD(nn.Module):
         embed_weight=1.0,
         gl_init=0.5,
         gl_residual=False,
+        embeds=True,
     ):
         super().__init__()
         self.feature_loss = FEATURE_LOSSES[feature_loss]
@@ -299,6 +308,11 @@ class TransKD(nn.Module):
         ):
             if idle:
                 raise UserError(f"transkd-{variant}, {flag}: there is nothing for it to act on")
+        if stages and not embeds:
+            raise UserError(
+                f"transkd-{variant}: a CNN teacher has no patch embeddings to align with; "
+                "--method transkd-base --embed none distils its feature maps alone"
+            )
         self.alpha = tuple(embed_alpha) if embed == "all" else (1.0,)
         self.csf = self.pea = None
         if self.feature_loss:
@@ -313,7 +327,8 @@ class TransKD(nn.Module):
         if self.csf is not None:
             maps = self.csf(student.features)
             terms["features"] = self.feature_weight * sum(
-                self.feature_loss(f, t) for f, t in zip(maps, teacher.features)
+                self.feature_loss(f, to_grid(t, f.shape[2:]))
+                for f, t in zip(maps, teacher.features)
             )
         if self.pea is not None:
             aligned = self.pea(student, images)
@@ -333,6 +348,7 @@ class Together(nn.Module):
         self.methods = nn.ModuleDict(methods)
         self.needs_teacher = any(m.needs_teacher for m in methods.values())
         self.needs_logits = any(m.needs_logits for m in methods.values())
+        self.replaces_ce = any(getattr(m, "replaces_ce", False) for m in methods.values())
 
     def forward(self, student, teacher, images, labels):
         terms = {}
@@ -350,10 +366,19 @@ METHODS = {
 }
 
 
-def build_method(spec, student_channels, teacher_channels, methods=METHODS, widths=None, **options):
+def build_method(
+    spec,
+    student_channels,
+    teacher_channels,
+    methods=METHODS,
+    widths=None,
+    embeds=True,
+    **options,
+):
     """The method named by `spec`, "a" or "a+b", with those of `options` that it takes.
 
-    widths: channels of the decoded map of student and teacher, for the methods that ask for them.
+    For the methods that ask: widths, the channels of the decoded map of student and teacher, and
+    embeds, whether the teacher has patch embeddings.
     Raises UserError for an unknown name and for an option that none of the named methods takes.
     """
     names = spec.split("+")
@@ -364,11 +389,11 @@ def build_method(spec, student_channels, teacher_channels, methods=METHODS, widt
         raise UserError(f"method '{spec}': none goes with no other")
     if len(set(names)) < len(names):
         raise UserError(f"method '{spec}' names one method twice")
-    taken, built = set(), {}
+    taken, built, nets = set(), {}, dict(widths=widths, embeds=embeds)
     for name in names:
         known = inspect.signature(methods[name]).parameters.keys()
         mine = options.keys() & known
-        own = {k: options[k] for k in mine} | (dict(widths=widths) if "widths" in known else {})
+        own = {k: options[k] for k in mine} | {k: nets[k] for k in nets.keys() & known}
         built[name] = methods[name](student_channels, teacher_channels, **own)
         taken |= mine
     for option in options.keys() - taken:

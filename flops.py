@@ -19,11 +19,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import baselines
+import c2vkd
 import distill
 import files
 import model
 
-METHODS = {**distill.METHODS, **baselines.METHODS}
+METHODS = {**distill.METHODS, **baselines.METHODS, **c2vkd.METHODS}
 
 
 def count(run):
@@ -46,9 +47,12 @@ def measure(net, image, extra=None):
             extra(out)
 
     net.eval()
-    net.head.merged = False
+    heads = [m for m in net.modules() if isinstance(m, model.SegFormerHead)]  # a CNN has none
+    for head in heads:
+        head.merged = False
     gmacs, attention = count(run)
-    net.head.merged = True
+    for head in heads:
+        head.merged = True
     executed, _ = count(run)
     return dict(gmacs=gmacs, attention_gmacs=attention, executed_gmacs=executed)
 
@@ -79,7 +83,7 @@ def rows(args):
     height, width = args.size
     with torch.device("meta"):
         image = torch.empty(1, 3, height, width)
-        teacher = model.build(args.teacher, args.num_classes)
+        teacher = model.build(args.teacher, args.num_classes).eval()
     for name in args.model:
         row = dict(name=name, **measure_named(name, args.num_classes, args.size))
         if args.latency:
@@ -90,9 +94,9 @@ def rows(args):
             with torch.device("meta"):
                 net = model.build(name, args.num_classes)
                 options = {} if args.csf_norm is None else dict(csf_norm=args.csf_norm)
-                widths = (net.width, teacher.width)
+                nets = dict(widths=(net.width, teacher.width), embeds=teacher.embeds)
                 method = distill.build_method(
-                    args.method, net.channels, teacher.channels, METHODS, widths, **options
+                    args.method, net.channels, teacher.channels, METHODS, **nets, **options
                 )
                 labels = torch.zeros(1, height, width, dtype=torch.uint8)
                 extra = functools.partial(method.eval(), teacher=teacher(image), images=image)
@@ -113,7 +117,7 @@ def size(text):
 
 def get_args():
     p = argparse.ArgumentParser(description="Count parameters and GMACs", allow_abbrev=False)
-    p.add_argument("--model", nargs="+", default=["b0", "b2"], help=f"of {', '.join(model.MODELS)}")
+    p.add_argument("--model", nargs="+", default=["b0", "b2"], help=f"of {', '.join(model.NAMES)}")
     p.add_argument("--num-classes", type=int, default=19)
     p.add_argument("--size", type=size, default="512x1024", help="HEIGHTxWIDTH of the image")
     p.add_argument(

@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import augment
 import catalog
+import cnn
 import data
 import distill
 import eval as evaluation
@@ -76,7 +77,7 @@ DEFAULTS = {
 # quarter of the size; weight decay on everything; lr * (1 - epoch / 1500) over 1000 epochs.
 PAPER = dict(batch_size=2, teacher_batch_size=8, lr=6e-5, warmup=0.0, clip=0.0, colour=0.0)
 PAPER |= dict(class_weights="paper", csf_norm="batch", protocol="paper")
-IMAGENET = ("b0", "b1", "b2", "b3", "b4", "b5")  # those of which nvidia/mit-* are on the hub
+IMAGENET = {f"b{k}": f"nvidia/mit-b{k}" for k in range(6)} | cnn.MODELS  # where weights are
 FINE_TUNING_LR = 6e-5  # a rate that leaves pre-trained weights what they know
 PAPER_EPOCHS, PAPER_DECAY_EPOCHS = 1000, 1500
 PAPER_DECIDES = ("crop_size", "scale")
@@ -114,7 +115,9 @@ class Learner(nn.Module):
 
     def forward(self, images, labels, seen):
         out = self.student(images)
-        terms = {"ce": distill.cross_entropy(out.logits, labels, self.class_weights)}
+        terms = {}
+        if not getattr(self.method, "replaces_ce", False):
+            terms["ce"] = distill.cross_entropy(out.logits, labels, self.class_weights)
         return terms | self.method(out, seen, images, labels)
 
 
@@ -333,11 +336,9 @@ def run_stage(run, stage, name, method="none", teacher=None):
     net = model.build(name, len(run.dataset.classes))
     run.print(f"\n{stage}: {name}, {model.count_parameters(net):,} parameters")
     init = start_from(run, stage, net)
-    options = {k: getattr(args, k) for k in OPTIONS if getattr(args, k) is not None}
-    channels = teacher[0].channels if teacher else None
-    options = options if method != "none" or args.method == "none" else {}
-    widths = (net.width, teacher[0].width if teacher else None)
-    method = distill.build_method(method, net.channels, channels, METHODS, widths, **options)
+    method = build_method(args, method, net, teacher and teacher[0])
+    for note in [m.note for m in method.modules() if getattr(m, "note", "")]:
+        run.print(note)
     extra = model.count_parameters(method)
     of = len(run.images(stage))
     adapters = f", {extra:,} more parameters to train" * (extra > 0)
@@ -354,6 +355,22 @@ def run_stage(run, stage, name, method="none", teacher=None):
     return freeze(net, run.device), run.facts
 
 
+def build_method(args, name, net, teacher=None):
+    """The method of this name between two nets, with those of its flags that were given."""
+    options = {k: getattr(args, k) for k in OPTIONS if getattr(args, k) is not None}
+    options = options if name != "none" or args.method == "none" else {}
+    widths, embeds = (net.width, teacher and teacher.width), not teacher or teacher.embeds
+    channels = teacher and teacher.channels
+    return distill.build_method(name, net.channels, channels, METHODS, widths, embeds, **options)
+
+
+def check_method(args, teacher=None):
+    """UserError for flags and nets that do not go together: before any training, not after it."""
+    with torch.device("meta"):
+        teacher = teacher or model.build(args.teacher, 1)
+        build_method(args, args.method, model.build(args.student, 1), teacher)
+
+
 def start_from(run, stage, net):
     """Load what a stage starts from, unless it is resumed anyway; returns its name.
 
@@ -365,11 +382,11 @@ def start_from(run, stage, net):
         return run.inits[stage]
     auto = is_teacher and init == "auto" and run.dataset.name != "scenes"
     if init == "auto":
-        init = f"nvidia/mit-{net.name}" if auto else "scratch"
+        init = IMAGENET.get(net.name) if auto else "scratch"
     if init != "scratch":
         quiet = contextlib.nullcontext() if run.rank == 0 else contextlib.redirect_stdout(None)
         try:
-            if auto and net.name not in IMAGENET:
+            if init is None:
                 raise UserError(f"There are no ImageNet weights of a {net.name}.")
             with quiet:
                 parallel.first_then_others(lambda: model.load_weights(net, init))
@@ -389,8 +406,9 @@ def start_from(run, stage, net):
 
 def find_teacher(run):
     """The teacher of --teacher-ckpt, scored like one that was trained here: (net, facts)."""
-    net, facts = model.load(run.args.teacher_ckpt)
+    net, facts = parallel.first_then_others(lambda: model.load(run.args.teacher_ckpt))
     catalog.check_classes(run.args.teacher_ckpt, net, facts, run.dataset)
+    check_method(run.args, net)
     facts = catalog.complete(facts, net.num_classes, run.dataset)
     freeze(net, run.device)
     if "teacher" not in run.results:
@@ -686,7 +704,10 @@ def get_args(argv=None):
     p.add_argument("--dataset", default="scenes", help=f"one of {', '.join(catalog.DATASETS)}")
     p.add_argument("--data-dir", help="the folder that holds it (scenes are drawn, and need none)")
     p.add_argument("--student", help=f"one of {', '.join(model.MODELS)}")
-    p.add_argument("--teacher", help="likewise; one that finds what the student would not")
+    p.add_argument(
+        "--teacher",
+        help=f"likewise, or {', '.join(cnn.MODELS)}; one that finds what the student would not",
+    )
     p.add_argument(
         "--teacher-ckpt",
         help="a trained one, so that none is trained: teacher.pt of a run, or anybody's SegFormer: "
@@ -695,8 +716,9 @@ def get_args(argv=None):
     p.add_argument(
         "--teacher-init",
         default="auto",
-        help="scratch, or weights: a file, a folder, a name on the hub; auto: nvidia/mit-TEACHER "
-        "(ImageNet), or scratch if it cannot be had, and for scenes",
+        help="scratch, or weights: a file, a folder, a name on the hub, torchvision/NAME; auto: "
+        "ImageNet's, nvidia/mit-TEACHER or of torchvision, or scratch if they cannot be had, and "
+        "for scenes",
     )
     p.add_argument("--student-init", default="scratch", help="likewise, without auto")
     p.add_argument("--method", default="transkd-base", help=f"{', '.join(METHODS)}; or a+b")
@@ -749,9 +771,9 @@ def resolve(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out_dir = args.out_dir or f"out/{args.dataset}-{args.student}-{args.method}"
-    for name in (args.student, args.teacher):
-        if name not in model.MODELS:
-            raise UserError(f"unknown model '{name}': choose one of {', '.join(model.MODELS)}")
+    for name, known in ((args.student, model.MODELS), (args.teacher, model.NAMES)):
+        if name not in known:
+            raise UserError(f"unknown model '{name}': choose one of {', '.join(known)}")
     if not 1 <= len(args.crop_size) <= 2 or min(args.crop_size) < 32:
         raise UserError(f"--crop-size {args.crop_size}: one or two numbers, at least 32 each")
     if args.batch_size == args.accumulate and max(args.crop_size) < 64:
@@ -764,6 +786,12 @@ def resolve(args):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {value}: must be {low} to {high}")
     args.teacher_batch_size = args.teacher_batch_size or args.batch_size
+    if args.teacher_ckpt or args.method == "none":
+        return  # what there is to check of a teacher that is there, find_teacher does
+    if args.teacher.startswith("deeplabv3") and args.teacher_batch_size == args.accumulate:
+        words = "cannot learn from one image at a time: --teacher-batch-size 2 at least"
+        raise UserError(f"{args.teacher} normalises a map of 1x1 over the batch and {words}")
+    check_method(args)
 
 
 def main(args):
