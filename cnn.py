@@ -36,9 +36,7 @@ class CNN(nn.Module):
         super().__init__()
         from torchvision.models import get_model  # it takes seconds, and MiT does without
 
-        net = get_model(
-            name, weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=False
-        )
+        net = get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
         self.name, self.num_classes = name, num_classes
         self.backbone, self.classifier = net.backbone, net.classifier
         self.width = self.classifier[-1].in_channels  # 256; 512 in an FCN
