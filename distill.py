@@ -282,6 +282,9 @@ class TransKD(nn.Module):
     feature_loss: "hcl" or, in its place, "cwd"; "none" leaves CSF out (PEA alone).
     embed: "all" stages with weights alpha, one stage "1".."4" with weight 1, "none" (CSF alone).
     feature_weight, embed_weight: factors on the two sums; 1 in the paper.
+
+    A CNN's maps are brought to the student's grids (`to_grid`); it has no patch embeddings, so
+    that CSF alone can learn from it.
     """
 
     needs_teacher, needs_logits = True, False
@@ -299,6 +302,7 @@ class TransKD(nn.Module):
         embed_weight=1.0,
         gl_init=0.5,
         gl_residual=False,
+        embeds=True,
     ):
         super().__init__()
         self.feature_loss = FEATURE_LOSSES[feature_loss]
@@ -315,6 +319,11 @@ class TransKD(nn.Module):
             (variant == "gl" and 3 not in stages, f"--embed {embed} with the mixer of stage 4"),
             (variant == "ea" and no_tokens, "--embed none with the Embedding Assistant"),
         )
+        if stages and not embeds:
+            raise UserError(
+                f"transkd-{variant}: a CNN teacher has no patch embeddings to align with; "
+                "--method transkd-base --embed none distils its feature maps alone"
+            )
         self.alpha = tuple(embed_alpha) if embed == "all" else (1.0,)
         self.csf = self.pea = None
         if self.feature_loss:
@@ -329,7 +338,8 @@ class TransKD(nn.Module):
         if self.csf is not None:
             maps = self.csf(student.features)
             terms["features"] = self.feature_weight * sum(
-                self.feature_loss(f, t) for f, t in zip(maps, teacher.features)
+                self.feature_loss(f, to_grid(t, f.shape[2:]))
+                for f, t in zip(maps, teacher.features)
             )
         if self.pea is not None:
             aligned = self.pea(student, images)
@@ -349,6 +359,7 @@ class Together(nn.Module):
         self.methods = nn.ModuleDict(methods)
         self.needs_teacher = any(m.needs_teacher for m in methods.values())
         self.needs_logits = any(m.needs_logits for m in methods.values())
+        self.replaces_ce = any(getattr(m, "replaces_ce", False) for m in methods.values())
 
     def forward(self, student, teacher, images, labels):
         terms = {}
@@ -367,12 +378,19 @@ METHODS = {
 
 
 def build_method(
-    spec, student_channels, teacher_channels, methods=METHODS, widths=None, classes=None, **options
+    spec,
+    student_channels,
+    teacher_channels,
+    methods=METHODS,
+    widths=None,
+    classes=None,
+    embeds=True,
+    **options,
 ):
     """The method named by `spec`, "a" or "a+b", with those of `options` that it takes.
 
     For the methods that ask for them: widths, the channels of the decoded map of student and
-    teacher, and classes, the number of classes.
+    teacher; classes, the number of classes; embeds, whether the teacher has patch embeddings.
     Raises UserError for an unknown name and for an option that none of the named methods takes.
     """
     names = spec.split("+")
@@ -383,12 +401,11 @@ def build_method(
         raise UserError(f"method '{spec}': none goes with no other")
     if len(set(names)) < len(names):
         raise UserError(f"method '{spec}' names one method twice")
-    taken, built = set(), {}
+    taken, built, nets = set(), {}, dict(widths=widths, classes=classes, embeds=embeds)
     for name in names:
         known = inspect.signature(methods[name]).parameters.keys()
         mine = options.keys() & known
-        own = {k: options[k] for k in mine}
-        own |= {k: v for k, v in dict(widths=widths, classes=classes).items() if k in known}
+        own = {k: options[k] for k in mine} | {k: nets[k] for k in nets.keys() & known}
         built[name] = methods[name](student_channels, teacher_channels, **own)
         taken |= mine
     for option in options.keys() - taken:

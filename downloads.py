@@ -71,8 +71,8 @@ def download(url, path, size=None, sha256=None, md5=None):
 
     PATH.part keeps what has come, through cuts, Ctrl-C and kills; the next call goes on from there.
     A file that is there already, put there by hand perhaps, is checked and kept.
-    size is in bytes; it and the hexadecimal hashes (one, or a tuple of which one must be right) are
-    checked if given. Raises UserError.
+    size is in bytes; it and the hexadecimal hashes (one, or a tuple of which one must be right; the
+    beginning of one will do) are checked if given. Raises UserError.
     """
     if not url.startswith(("http://", "https://")):
         raise UserError(f"{url}: not downloaded, only http:// and https:// are")
@@ -195,8 +195,8 @@ def wrong_file(path, size=None, sha256=None, md5=None):
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     found.update(block)
-            wants = (want,) if isinstance(want, str) else want
-            if found.hexdigest() not in wants:
+            wants = (want,) if isinstance(want, str) else tuple(want)
+            if not found.hexdigest().startswith(wants):
                 return f"its {name} is {found.hexdigest()}, expected {' or '.join(wants)}"
     return None
 

@@ -337,6 +337,8 @@ def main(args):
     if out.exists() and not out.is_dir():
         raise UserError(f"--out-dir {out}: a file, not a folder")
     net, facts = model.load(args.ckpt)
+    if net.name == "lvt" or not isinstance(getattr(net, "head", None), model.SegFormerHead):
+        raise UserError(f"{args.ckpt}: a {net.name}; so far only SegFormers are exported")
     facts = catalog.complete(facts, net.num_classes)
     mean_std = (facts["mean"], facts["std"]) if args.mask or args.to == "hf" else None
     with staging(out) as tmp:

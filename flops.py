@@ -10,7 +10,6 @@ products inside attention, and what really runs here, where the head multiplies 
 """
 
 import argparse
-import functools
 import json
 import statistics
 import time
@@ -18,12 +17,9 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import baselines
-import distill
 import files
+import methods
 import model
-
-METHODS = {**distill.METHODS, **baselines.METHODS}
 
 
 def count(run):
@@ -46,9 +42,12 @@ def measure(net, image, extra=None):
             extra(out)
 
     net.eval()
-    net.head.merged = False  # PVTv2's head has no such choice, and does not mind
+    heads = [m for m in net.modules() if isinstance(m, model.SegFormerHead)]  # a CNN has none
+    for head in heads:
+        head.merged = False
     gmacs, attention = count(run)
-    net.head.merged = True
+    for head in heads:
+        head.merged = True
     executed, _ = count(run)
     return dict(gmacs=gmacs, attention_gmacs=attention, executed_gmacs=executed)
 
@@ -77,9 +76,6 @@ def latency(net, image, warmup=3, runs=10):
 
 def rows(args):
     height, width = args.size
-    with torch.device("meta"):
-        image = torch.empty(1, 3, height, width)
-        teacher = model.build(args.teacher, args.num_classes)
     for name in args.model:
         row = dict(name=name, **measure_named(name, args.num_classes, args.size))
         if args.latency:
@@ -87,21 +83,54 @@ def rows(args):
             row["latency_ms"] = latency(net, torch.randn(1, 3, height, width, device=args.device))
         yield row
         if args.method:
-            with torch.device("meta"):
-                net = model.build(name, args.num_classes)
-                options = {} if args.csf_norm is None else dict(csf_norm=args.csf_norm)
-                widths = (net.width, teacher.width)
-                known = (METHODS, widths, args.num_classes)
-                method = distill.build_method(
-                    args.method, net.channels, teacher.channels, *known, **options
-                )
-                labels = torch.zeros(1, height, width, dtype=torch.uint8)
-                extra = functools.partial(method.eval(), teacher=teacher(image), images=image)
-            yield dict(
-                name=f"{name} + {args.method} from {args.teacher} (training only)",
-                params=model.count_parameters(net) + model.count_parameters(method),
-                **measure(net, image, functools.partial(extra, labels=labels)),
-            )
+            options = {} if args.csf_norm is None else dict(csf_norm=args.csf_norm)
+            cost, _ = with_method(args.method, name, args.teacher, args, **options)
+            label = f"{name} + {args.method} from {args.teacher} (training only)"
+            yield dict(name=label) | cost
+
+
+class Watched:
+    """An Output that remembers which of its fields were looked at."""
+
+    def __init__(self, out):
+        self.out, self.seen = out, []
+
+    def __getattr__(self, field):
+        self.seen += [] if field in self.seen else [field]
+        return getattr(self.out, field)
+
+
+def with_method(spec, student, teacher, args, **options):
+    """(parameters and GMACs of a student and its training wrapper, what that takes of the teacher).
+
+    args: num_classes and size, (H, W) of the image.
+    """
+    with torch.device("meta"):
+        image = torch.empty(1, 3, *args.size)
+        net, teacher = (model.build(name, args.num_classes) for name in (student, teacher))
+        method = methods.build(spec, net, teacher, **options).eval()
+        labels = torch.zeros(1, *args.size, dtype=torch.uint8)
+        seen = Watched(teacher.eval()(image))
+        cost = measure(net, image, lambda out: method(out, seen, image, labels))
+    params = model.count_parameters(net) + model.count_parameters(method)
+    return dict(params=params) | cost, seen.seen
+
+
+def print_methods(student, teacher, args):
+    """--method list: every method, what it takes of the teacher, what it adds to the student."""
+    own = measure_named(student, args.num_classes, args.size)
+    print(f"methods, from {teacher} to {student}, at {args.size[0]}x{args.size[1]}")
+    print(f"{'':12s} {'+ params':>10s} {'+ GMACs':>8s}  {'of the teacher':20s}  paper")
+    for name in methods.METHODS:
+        try:
+            cost, seen = with_method(name, student, teacher, args)
+        except files.UserError as e:
+            print(f"{name:12s} {e}")
+            continue
+        gmacs = sum(cost[k] - own[k] for k in ("gmacs", "attention_gmacs"))
+        params = cost["params"] - own["params"]
+        fields = ", ".join(seen) or "nothing"
+        print(f"{name:12s} {params:10,d} {gmacs:8.2f}  {fields:20s}  {methods.PAPERS[name]}")
 
 
 def size(text):
@@ -114,11 +143,12 @@ def size(text):
 
 def get_args():
     p = argparse.ArgumentParser(description="Count parameters and GMACs", allow_abbrev=False)
-    p.add_argument("--model", nargs="+", default=["b0", "b2"], help=f"of {', '.join(model.MODELS)}")
+    p.add_argument("--model", nargs="+", default=["b0", "b2"], help=f"of {', '.join(model.NAMES)}")
     p.add_argument("--num-classes", type=int, default=19)
     p.add_argument("--size", type=size, default="512x1024", help="HEIGHTxWIDTH of the image")
     p.add_argument(
-        "--method", help="add a row for each student with this method's training wrapper"
+        "--method",
+        help="add a row for each student with this method's training wrapper; list: all methods",
     )
     p.add_argument("--teacher", default="b2", help="the teacher of --method")
     p.add_argument("--csf-norm", choices=("none", "batch"), help="as in train.py")
@@ -132,6 +162,8 @@ def main(args):
     model.get_device(args.device)
     if args.csf_norm and not args.method:
         raise files.UserError("--csf-norm has no effect without --method")
+    if args.method == "list":
+        return print_methods(args.model[0], args.teacher, args)
     table = list(rows(args))
     if args.json:
         print(json.dumps(table))

@@ -15,14 +15,15 @@ Features and embeddings are what TransKD distils; a teacher asked only for them 
 
 import math
 import re
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import cnn
 import weights
 from files import UserError, save_tensors
+from nets import Drop, Output, resize
 
 # name: (embed dims, heads, depths, head width). nano is ours, for tests and the demo; what is not a
 # SegFormer is in others.py.
@@ -37,19 +38,11 @@ MODELS = {
     "lvt": ((64, 64, 160, 256), (2, 2, 5, 8), (2, 2, 2, 2), 256),
 }
 MODELS |= {f"pvt_v2_b{n}": (*MODELS[f"b{n}"][:3], 128) for n in range(6)}  # the shapes of MiT
+NAMES = (*MODELS, *cnn.MODELS)  # of all that `build` can build; the CNNs are teachers only
 PATCHES = ((7, 4), (3, 2), (3, 2), (3, 2))  # kernel and stride of the stages' patch embeddings
 SR_RATIOS = (8, 4, 2, 1)  # keys and values are taken from a map this many times smaller per side
 # of images in [0, 1], red first: what every published MiT was trained with
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class Output(NamedTuple):
-    logits: torch.Tensor | None  # (B, K, H/4, W/4); None if the head was skipped
-    features: tuple  # 4 x (B, C_i, H_i, W_i)
-    embeddings: tuple  # 4 x (B, H_i * W_i, C_i)
-    decoded: torch.Tensor | None = (
-        None  # (B, width, H/4, W/4): what the classifier gets, no ReLU yet
-    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -64,28 +57,6 @@ def to_map(tokens, H, W):
 def to_tokens(x):
     """(B, C, H, W) -> (B, H*W, C); free of copies when the map is channels-last."""
     return x.flatten(2).transpose(1, 2)
-
-
-class Drop(nn.Module):
-    """Zero whole slices of a batch with probability p and scale up the others.
-
-    dims=1 drops samples (stochastic depth, Huang et al. 2016), dims=2 drops channels (Dropout2d).
-    `shard` = (rank, world size): each rank tosses the coins of the whole batch and takes its own,
-    so that N processes with one seed drop what a single process would.
-    """
-
-    def __init__(self, p, dims):
-        super().__init__()
-        self.p, self.dims, self.shard = p, dims, (0, 1)
-
-    def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        rank, world = self.shard
-        B = x.shape[0]
-        coins = torch.rand(world * B, *x.shape[1 : self.dims], device=x.device)
-        keep = (coins[rank * B : (rank + 1) * B] >= self.p).to(x.dtype) / (1 - self.p)
-        return x * keep.view(*keep.shape, *[1] * (x.ndim - self.dims))
 
 
 class PatchEmbed(nn.Module):
@@ -263,15 +234,10 @@ class SegFormerHead(nn.Module):
         return total  # (B, width, H/4, W/4)
 
 
-def resize(x, size):
-    """Bilinear, half-pixel centres (align_corners=False): the convention of every logit here."""
-    if tuple(x.shape[2:]) == tuple(size):
-        return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-
-
 class Segmenter(nn.Module):
     """An encoder (images -> features, embeddings) and a head (features -> logits, decoded)."""
+
+    embeds = True  # its outputs have patch embeddings
 
     def __init__(self, name, encoder, head):
         super().__init__()
@@ -291,16 +257,18 @@ class Segmenter(nn.Module):
 def build(name, num_classes, drop_path=None, dropout=None, head_width=None):
     """A net with random weights.
 
-    name: one of MODELS; num_classes: outputs per pixel; drop_path, dropout: rates of stochastic
+    name: one of NAMES; num_classes: outputs per pixel; drop_path, dropout: rates of stochastic
     depth and in the head, if not as published (0 in lvt, 0.1 in all others); head_width: channels
-    of the head, if not as in MODELS.
+    of the head, if not as in MODELS. The last three are for transformers only.
     """
     import others  # here, for it comes after this file, of whose blocks its nets are made
 
-    if name not in MODELS:
-        raise UserError(f"unknown model '{name}': choose one of {', '.join(MODELS)}")
+    if name not in NAMES:
+        raise UserError(f"unknown model '{name}': choose one of {', '.join(NAMES)}")
     if not 1 <= num_classes <= 255:
         raise UserError(f"{num_classes} classes: 1 to 255 are possible (255 in a label = ignore)")
+    if name in cnn.MODELS:
+        return cnn.CNN(name, num_classes)
     published = 0.0 if name == "lvt" else 0.1
     drop_path = published if drop_path is None else drop_path
     dropout = published if dropout is None else dropout
@@ -369,7 +337,13 @@ def load(source):
 
 
 def recognise(source, state, facts):
-    """(name in MODELS, number of classes, head width) by the shapes of the tensors."""
+    """(name in NAMES, number of classes, head width) by the names and shapes of the tensors."""
+    if "backbone.layer1.0.conv1.weight" in state:
+        name, num_classes = cnn.recognise(state)
+        if not (name and num_classes):
+            words = "without the head of a DeepLabV3 or FCN" if name else "of another depth"
+            raise UserError(f"{source}: a ResNet {words}; --teacher-init takes its backbone")
+        return name, num_classes, None
     pyramid = "head.laterals.0.weight" in state
     if "head.classifier.weight" not in state or not (pyramid or "head.fuse.weight" in state):
         raise UserError(
@@ -416,8 +390,8 @@ def load_weights(net, source):
     ):
         if words:
             print(f"  {words}")
-    if "head.classifier.weight" in odd:
-        theirs = len(state["head.classifier.weight"])
+    for name in {"head.classifier.weight", cnn.CLASSIFIER} & {*odd}:
+        theirs = len(state[name])
         print(f"  warning: its head has {theirs} classes, this one {net.num_classes}: not loaded")
 
 

@@ -28,16 +28,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import augment
 import catalog
+import cnn
 import data
 import distill
 import eval as evaluation
 import files
 import flops
+import methods
 import model
 import parallel
 from files import UserError
-
-METHODS = flops.METHODS
 
 # What a first run on each data set should use. Flags win over the recipe, the recipe over these.
 COMMON = dict(
@@ -76,15 +76,12 @@ DEFAULTS = {
 # quarter of the size; weight decay on everything; lr * (1 - epoch / 1500) over 1000 epochs.
 PAPER = dict(batch_size=2, teacher_batch_size=8, lr=6e-5, warmup=0.0, clip=0.0, colour=0.0)
 PAPER |= dict(class_weights="paper", csf_norm="batch", protocol="paper")
-# where on the hub there are ImageNet weights
-IMAGENET = {f"b{n}": f"nvidia/mit-b{n}" for n in range(6)}
+# where there are ImageNet weights, on the hub or in torchvision
+IMAGENET = {f"b{n}": f"nvidia/mit-b{n}" for n in range(6)} | cnn.MODELS
 IMAGENET |= {f"pvt_v2_b{n}": f"OpenGVLab/pvt_v2_b{n}" for n in range(6)}
 FINE_TUNING_LR = 6e-5  # a rate that leaves pre-trained weights what they know
 PAPER_EPOCHS, PAPER_DECAY_EPOCHS = 1000, 1500
 PAPER_DECIDES = ("crop_size", "scale")
-# flags of the methods; those that no chosen method takes are an error
-OPTIONS = """csf_norm feature_loss embed feature_weight embed_weight gl_init gl_residual kd_weight
-temperature""".split()
 # smallest and largest value of the flags that are numbers
 LIMITS = dict.fromkeys(
     """max_iters teacher_iters batch_size teacher_batch_size accumulate student_images
@@ -92,11 +89,11 @@ LIMITS = dict.fromkeys(
     (1, 10**9),
 )
 LIMITS |= dict.fromkeys(
-    """lr teacher_lr weight_decay clip colour feature_weight embed_weight kd_weight seed eval_every
-    workers save_every log_every cache_gb""".split(),
+    """lr teacher_lr weight_decay clip colour seed eval_every workers save_every log_every
+    cache_gb""".split(),
     (0, 10**9),
 )
-LIMITS |= dict(warmup=(0, 1), ema=(0, 0.99999), temperature=(1e-3, 1e3))
+LIMITS |= dict(warmup=(0, 1), ema=(0, 0.99999)) | methods.limits()
 # flags that may change when a run is resumed; all others may not
 FREE = """out_dir data_dir cache cache_dir cache_gb resume workers device compile eval_every
 eval_batch_size save_every log_every""".split()
@@ -116,7 +113,9 @@ class Learner(nn.Module):
 
     def forward(self, images, labels, seen):
         out = self.student(images)
-        terms = {"ce": distill.cross_entropy(out.logits, labels, self.class_weights)}
+        terms = {}
+        if not getattr(self.method, "replaces_ce", False):
+            terms["ce"] = distill.cross_entropy(out.logits, labels, self.class_weights)
         return terms | self.method(out, seen, images, labels)
 
 
@@ -335,12 +334,9 @@ def run_stage(run, stage, name, method="none", teacher=None):
     net = model.build(name, len(run.dataset.classes))
     run.print(f"\n{stage}: {name}, {model.count_parameters(net):,} parameters")
     init = start_from(run, stage, net)
-    options = {k: getattr(args, k) for k in OPTIONS if getattr(args, k) is not None}
-    channels = teacher[0].channels if teacher else None
-    options = options if method != "none" or args.method == "none" else {}
-    widths = (net.width, teacher[0].width if teacher else None)
-    known = (METHODS, widths, len(run.dataset.classes))
-    method = distill.build_method(method, net.channels, channels, *known, **options)
+    method = build_method(args, method, net, teacher and teacher[0])
+    for note in [m.note for m in method.modules() if getattr(m, "note", "")]:
+        run.print(note)
     extra = model.count_parameters(method)
     of = len(run.images(stage))
     adapters = f", {extra:,} more parameters to train" * (extra > 0)
@@ -355,6 +351,19 @@ def run_stage(run, stage, name, method="none", teacher=None):
         model.save(path, net, **run.facts)
     save_state(run)
     return freeze(net, run.device), run.facts
+
+
+def build_method(args, name, net, teacher=None):
+    """The method of this name between two nets, with those of its flags that were given."""
+    options = methods.chosen(args) if name != "none" or args.method == "none" else {}
+    return methods.build(name, net, teacher, **options)
+
+
+def check_method(args, teacher=None):
+    """UserError for flags and nets that do not go together: before any training, not after it."""
+    with torch.device("meta"):
+        teacher = teacher or model.build(args.teacher, 1)
+        build_method(args, args.method, model.build(args.student, 1), teacher)
 
 
 def start_from(run, stage, net):
@@ -392,8 +401,9 @@ def start_from(run, stage, net):
 
 def find_teacher(run):
     """The teacher of --teacher-ckpt, scored like one that was trained here: (net, facts)."""
-    net, facts = model.load(run.args.teacher_ckpt)
+    net, facts = parallel.first_then_others(lambda: model.load(run.args.teacher_ckpt))
     catalog.check_classes(run.args.teacher_ckpt, net, facts, run.dataset)
+    check_method(run.args, net)
     facts = catalog.complete(facts, net.num_classes, run.dataset)
     freeze(net, run.device)
     if "teacher" not in run.results:
@@ -642,21 +652,6 @@ def pictures(run, nets, titles, rows=4, width=320):
 # the command
 
 
-def add_method_flags(p):
-    """The methods' own choices, for ablations. Not given, a method's own default holds."""
-    p.add_argument("--csf-norm", choices=("none", "batch"), help="batch: CSF exactly as released")
-    p.add_argument("--feature-loss", choices=(*distill.FEATURE_LOSSES,), help="none: PEA alone")
-    p.add_argument("--embed", choices=(*distill.EMBED_STAGES,), help="PEA stages; none: CSF alone")
-    p.add_argument("--feature-weight", type=float, help="factor of the feature terms (1)")
-    p.add_argument("--embed-weight", type=float, help="factor of the embedding terms (1)")
-    p.add_argument("--gl-init", type=float, help="start of GL-Mixer's two scalars (0.5)")
-    p.add_argument(
-        "--gl-residual", action="store_const", const=True, help="GL-Mixer adds its input"
-    )
-    p.add_argument("--kd-weight", type=float, help="factor of kd (1)")
-    p.add_argument("--temperature", type=float, help="of kd's softmax (1)")
-
-
 def add_run_flags(p):
     """Where a run lives, on what it runs, and what it tells."""
     yes_or_no = argparse.BooleanOptionalAction
@@ -688,7 +683,10 @@ def get_args(argv=None):
     p.add_argument("--dataset", default="scenes", help=f"one of {', '.join(catalog.DATASETS)}")
     p.add_argument("--data-dir", help="the folder that holds it (scenes are drawn, and need none)")
     p.add_argument("--student", help=f"one of {', '.join(model.MODELS)}")
-    p.add_argument("--teacher", help="likewise; one that finds what the student would not")
+    p.add_argument(
+        "--teacher",
+        help=f"likewise, or {', '.join(cnn.MODELS)}; one that finds what the student would not",
+    )
     p.add_argument(
         "--teacher-ckpt",
         help="a trained one, so that none is trained: teacher.pt of a run, or anybody's SegFormer: "
@@ -697,15 +695,18 @@ def get_args(argv=None):
     p.add_argument(
         "--teacher-init",
         default="auto",
-        help="scratch, or weights: a file, a folder, a name on the hub; auto: nvidia/mit-TEACHER "
-        "or the like (ImageNet), or scratch if it cannot be had, and for scenes",
+        help="scratch, or weights: a file, a folder, a name on the hub, torchvision/NAME; auto: "
+        "ImageNet's, nvidia/mit-TEACHER or of torchvision, or scratch if they cannot be had, and "
+        "for scenes",
     )
     p.add_argument("--student-init", default="scratch", help="likewise, without auto")
-    p.add_argument("--method", default="transkd-base", help=f"{', '.join(METHODS)}; or a+b")
+    p.add_argument(
+        "--method", default="transkd-base", help=f"{', '.join(methods.METHODS)}; a+b; list"
+    )
     p.add_argument("--alone", action=yes_or_no, help="also train the student by itself")
     p.add_argument("--student-images", type=int, help="only N of the training images (all)")
     p.add_argument("--recipe", choices=("default", "paper"), default="default", help="see PAPER")
-    add_method_flags(p)
+    methods.add_flags(p)
     # how long, how fast
     p.add_argument("--max-iters", type=int, help="steps of each stage, at most")
     p.add_argument("--teacher-iters", type=int, help="steps of the teacher, if fewer")
@@ -751,9 +752,9 @@ def resolve(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out_dir = args.out_dir or f"out/{args.dataset}-{args.student}-{args.method}"
-    for name in (args.student, args.teacher):
-        if name not in model.MODELS:
-            raise UserError(f"unknown model '{name}': choose one of {', '.join(model.MODELS)}")
+    for name, known in ((args.student, model.MODELS), (args.teacher, model.NAMES)):
+        if name not in known:
+            raise UserError(f"unknown model '{name}': choose one of {', '.join(known)}")
     if not 1 <= len(args.crop_size) <= 2 or min(args.crop_size) < 32:
         raise UserError(f"--crop-size {args.crop_size}: one or two numbers, at least 32 each")
     if args.batch_size == args.accumulate and max(args.crop_size) < 64:
@@ -766,9 +767,18 @@ def resolve(args):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} {value}: must be {low} to {high}")
     args.teacher_batch_size = args.teacher_batch_size or args.batch_size
+    if args.teacher_ckpt or args.method == "none":
+        return  # what there is to check of a teacher that is there, find_teacher does
+    if args.teacher.startswith("deeplabv3") and args.teacher_batch_size == args.accumulate:
+        words = "cannot learn from one image at a time: --teacher-batch-size 2 at least"
+        raise UserError(f"{args.teacher} normalises a map of 1x1 over the batch and {words}")
+    check_method(args)
 
 
 def main(args):
+    if args.method == "list":
+        cost = argparse.Namespace(num_classes=20, size=(512, 1024))
+        return flops.print_methods(args.student or "b0", args.teacher or "b2", cost)
     resolve(args)
     run = open_run(args)
     catch_signals(run)

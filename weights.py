@@ -11,6 +11,8 @@ Other people's weights: reading them from a file, a folder or a hub, and renamin
                      (nvidia/mit-b0)
     mmsegmentation   its own MiT (backbone.layers.*); its head is another function and stays out
     TransKD          the authors' release: student.* among adapters, no mean and std, a void class
+    torchvision      ResNet-50 and -101, and DeepLabV3 and FCN on them; as a file, or by a name in
+                     torchvision (torchvision/resnet50, torchvision/deeplabv3_resnet101)
 
 Only tensors and plain values are ever unpickled.
 """
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from downloads import download
 from files import UserError, load_tensors
 
 FORMAT = "segmentation-student-1"  # the mark by which we know our own files
@@ -85,6 +88,8 @@ RENAMES = (  # one after the other; the layouts' names do not get in each other'
     (r"^head\.scale_heads\.(\d)\.2\.conv\.", r"head.branches.\1.1."),  # is an upsampling
     (r"^head\.scale_heads\.(\d)\.4\.conv\.", r"head.branches.\1.2."),
     (r"^head\.conv_seg\.", "head.classifier."),
+    # torchvision
+    (r"^(conv1|bn1|layer\d)\.", r"backbone.\1."),
 )
 RELEASE = r"((module|_orig_mod|student)\.)*(linear_pred|head\.conv_seg)\."  # TransKD's
 
@@ -141,11 +146,14 @@ def read(source):
     path = locate(source)
     tensors, facts = read_folder(path) if path.is_dir() else unwrap(load_any(path), path)
     state = translate(tensors)
-    if not any(name.startswith("encoder.stages.0.") for name in state):
+    if not any(re.match(r"encoder\.stages\.0\.|backbone\.layer1\.", name) for name in state):
         some = ", ".join(list(tensors)[:4]) or "none"
-        raise UserError(f"{source}: no SegFormer in a layout that we know; its tensors: {some}")
+        words = "no SegFormer and no ResNet in a layout that we know"
+        raise UserError(f"{source}: {words}; its tensors: {some}")
+    if str(source).startswith("torchvision/"):
+        facts.setdefault("resize", 520)  # the shorter side at which its segmenters were scored
     if any(re.match(RELEASE, name) for name in tensors):
-        # images of 512 rows in [0, 1], the 20th class is void
+        # TransKD's release: images of 512 rows in [0, 1], the 20th class is void
         facts |= dict(mean=[0.0] * 3, std=[1.0] * 3, resize=512)
         if len(state["head.classifier.weight"]) == 20:
             facts["void"] = 19
@@ -160,7 +168,8 @@ def locate(source):
     named = re.fullmatch(r"[\w][\w.-]*/[\w.-]+", name)
     if named and not re.search(r"\.(pt|pth|bin|safetensors|ckpt)$", name):
         if not path.parent.exists():
-            return fetch(name)
+            home, model = name.split("/")
+            return fetch_torchvision(model) if home == "torchvision" else fetch(name)
     raise UserError(f"{source}: no such file" + " or folder" * (not path.suffix))
 
 
@@ -310,6 +319,29 @@ def fetch(name):
     for part in filter(None, parts):
         verify(part)
     return config.parent
+
+
+def fetch_torchvision(name):
+    """The file of a torchvision model's weights in torch.hub's cache, fetched if it is not there.
+
+    Of a ResNet's ImageNet weights the first version: what torchvision's own DeepLabV3 starts from.
+    """
+    from torchvision.models import get_model_weights
+
+    try:
+        url = next(iter(get_model_weights(name))).url
+    except ValueError as e:
+        raise UserError(f"torchvision/{name}: torchvision has no model of this name") from e
+    return cached(url, Path(torch.hub.get_dir()) / "checkpoints")
+
+
+def cached(url, folder):
+    """The file of a URL that ends in -HASH.pth, HASH being the beginning of its SHA-256."""
+    path = folder / url.rsplit("/", 1)[1]
+    if not (path.exists() or reachable(url)):
+        raise UserError(f"{url}: no connection; fetch it in a browser and put it at {path}")
+    download(url, path, sha256=path.stem.rsplit("-", 1)[1])
+    return path
 
 
 def verify(path):

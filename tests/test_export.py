@@ -283,6 +283,14 @@ def test_mistakes(argv, message, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nano.pt", "text.pt"]
 
 
+@pytest.mark.parametrize("name", ["lvt", "pvt_v2_b0", "fcn_resnet50"])
+def test_only_segformers_are_exported(name, tmp_path, monkeypatch):
+    model.save(tmp_path / "x.pt", model.build(name, 5))
+    with pytest.raises(files.UserError, match=f"x.pt: a {name}; so far only SegFormers"):
+        run(monkeypatch, "--ckpt", tmp_path / "x.pt", "--to", "pt2", "--out-dir", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.mark.parametrize("form, packages", [("hf", "safetensors"), ("onnx", "onnx onnxscript")])
 def test_missing_packages_are_named(form, packages, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.7.0"))

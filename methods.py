@@ -1,0 +1,118 @@
+"""
+Every method by its name: its paper, its flags, and how it is built between two nets.
+"""
+
+import baselines
+import c2vkd
+import distill
+import manifold
+import tat
+
+METHODS = distill.METHODS | tat.METHODS | manifold.METHODS | c2vkd.METHODS | baselines.METHODS
+PAPERS = {
+    "none": "the student alone",
+    "transkd-base": "TransKD: Liu et al., T-ITS 2024, arXiv 2202.13393",
+    "transkd-gl": "TransKD with the Global-Local context Mixer",
+    "transkd-ea": "TransKD with the Embedding Assistant",
+    "tat": "Target-aware transformer: Lin et al., CVPR 2022, arXiv 2205.10793",
+    "manifold": "Fine-grained manifold distillation: Hao et al., NeurIPS 2022, arXiv 2107.01378",
+    "c2vkd": "C2VKD: Zheng et al., arXiv 2310.07265; a reconstruction",
+    "kd": "Soft labels of every pixel: Hinton et al., arXiv 1503.02531",
+    "fitnet": "FitNets: Romero et al., ICLR 2015, arXiv 1412.6550",
+    "at": "Attention transfer: Zagoruyko & Komodakis, ICLR 2017, arXiv 1612.03928",
+    "cwd": "Channel-wise distillation: Shu et al., ICCV 2021, arXiv 2011.13256",
+    "review": "Knowledge review: Chen et al., CVPR 2021, arXiv 2104.09044",
+    "skd": "Structured KD, pair-wise term: Liu et al., CVPR 2019, arXiv 1903.04197",
+    "ifvd": "Intra-class feature variation: Wang et al., ECCV 2020",
+    "dsd": "Double similarity distillation: Feng et al., TIP 2021",
+    "cirkd": "Cross-image relational KD: Yang et al., CVPR 2022, arXiv 2204.06986",
+}
+
+WEIGHT = (float, 0, 1e9)
+COUNT = (int, 1, 10**9)
+# flag: (its choices, or its type and range), what it does; not given, a method's own default holds
+FLAGS = {
+    "csf_norm": (("none", "batch"), "batch: CSF exactly as released"),
+    "feature_loss": (tuple(distill.FEATURE_LOSSES), "none: PEA alone"),
+    "embed": (tuple(distill.EMBED_STAGES), "PEA stages; none: CSF alone"),
+    "feature_weight": (WEIGHT, "factor of TransKD's feature terms (1)"),
+    "embed_weight": (WEIGHT, "factor of TransKD's embedding terms (1)"),
+    "gl_init": ((float, -1e9, 1e9), "start of GL-Mixer's two scalars (0.5)"),
+    "gl_residual": (bool, "GL-Mixer adds its input"),
+    "tat_axis": (("teacher", "student"), "whose positions TaT's softmax runs over (teacher)"),
+    "tat_patch": (COUNT, "positions along a side of TaT's patches (8)"),
+    "tat_group": (COUNT, "patches that TaT stacks to a group (4)"),
+    "tat_anchors": (COUNT, "anchor points per side (32)"),
+    "tat_patch_weight": (WEIGHT, "of the patch groups (1.6)"),
+    "tat_anchor_weight": (WEIGHT, "of the anchor points (0.64)"),
+    "manifold_stages": ([1, 2, 3, 4], "stages whose tokens are compared (4)"),
+    "manifold_patch_weight": (WEIGHT, "of the tokens of one image (4)"),
+    "manifold_sample_weight": (WEIGHT, "of the images at one position (0.1)"),
+    "manifold_random_weight": (WEIGHT, "of tokens drawn at random (0.2)"),
+    "manifold_rows": (COUNT, "how many of these (192)"),
+    "c2vkd_pdd": (("binary", "dkd"), "what PDD is taken to be (binary)"),
+    "c2vkd_alpha": (WEIGHT, "weight of the label's part of PDD (0.5)"),
+    "c2vkd_beta": (WEIGHT, "weight of the other classes' part (0.5)"),
+    "c2vkd_ce": (bool, "add the cross-entropy, which the release leaves out"),
+    "c2vkd_global": (WEIGHT, "of the maps' KL over channels (0.1)"),
+    "c2vkd_graph": (WEIGHT, "of their Gram matrices (0.1)"),
+    "c2vkd_language": (WEIGHT, "of the linguistic term (0.5)"),
+    "c2vkd_clip": (str, "FILE with CLIP's visual.attnpool tensors; without: no such term"),
+    "kd_weight": (WEIGHT, "of kd (1)"),
+    "temperature": ((float, 1e-3, 1e3), "of kd's softmax (1)"),
+    "fitnet_weight": (WEIGHT, "of fitnet (10)"),
+    "fitnet_layer": (("decoded", "1", "2", "3", "4"), "the decoder's map, or a stage's (decoded)"),
+    "at_weight": (WEIGHT, "of at (10000)"),
+    "cwd_feature_weight": (WEIGHT, "of cwd's feature term (5)"),
+    "cwd_logit_weight": (WEIGHT, "of cwd's logit term (0.3)"),
+    "cwd_temperature": ((float, 1e-3, 1e3), "of cwd's softmax (4)"),
+    "review_weight": (WEIGHT, "of review (1)"),
+    "skd_weight": (WEIGHT, "of skd (10)"),
+    "ifvd_weight": (WEIGHT, "of ifvd (20)"),
+    "dsd_psd_weight": (WEIGHT, "of dsd's pixel-wise term (1000)"),
+    "dsd_csd_weight": (WEIGHT, "of dsd's category-wise term (10)"),
+    "cirkd_batch_weight": (WEIGHT, "of cirkd's term within the batch (1)"),
+    "cirkd_pixel_weight": (WEIGHT, "of its queues of pixels (0.1)"),
+    "cirkd_region_weight": (WEIGHT, "of its queues of regions (0.1)"),
+    "cirkd_pool": (COUNT, "pixels that the term within the batch averages, per side (2)"),
+    "cirkd_pixel_queue": (COUNT, "pixels that are remembered of each class (2000)"),
+    "cirkd_region_queue": (COUNT, "regions that are remembered of each class (2000)"),
+    "cirkd_pixel_contrast": (COUNT, "of these, how many are compared with at a time (4096)"),
+    "cirkd_region_contrast": (COUNT, "likewise of the regions (1024)"),
+}
+
+
+def add_flags(parser):
+    """A flag for everything that a method lets one choose."""
+    group = parser.add_argument_group("the methods' own choices")
+    for name, (kind, words) in FLAGS.items():
+        if kind is bool:
+            how = dict(action="store_const", const=True)
+        elif kind is str:
+            how = dict(metavar="FILE")
+        elif isinstance(kind, list):
+            how = dict(type=type(kind[0]), choices=kind, nargs="+")
+        elif isinstance(kind[0], type):
+            how = dict(type=kind[0], metavar=kind[0].__name__.upper())
+        else:
+            how = dict(choices=kind)
+        group.add_argument("--" + name.replace("_", "-"), help=words, **how)
+
+
+def limits():
+    """Smallest and largest value of the flags that are numbers."""
+    numbers = {name: kind for name, (kind, _) in FLAGS.items() if isinstance(kind, tuple)}
+    return {name: kind[1:] for name, kind in numbers.items() if isinstance(kind[0], type)}
+
+
+def chosen(args):
+    """The methods' flags that were given."""
+    return {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+
+
+def build(spec, net, teacher=None, **options):
+    """The method named by spec ("a" or "a+b") that distils `teacher` into `net`."""
+    facts = dict(widths=(net.width, teacher and teacher.width), classes=net.num_classes)
+    facts["embeds"] = teacher is None or teacher.embeds
+    channels = teacher and teacher.channels
+    return distill.build_method(spec, net.channels, channels, METHODS, **facts, **options)

@@ -1,0 +1,48 @@
+"""
+What all networks here share: what they put out, and how they resize and drop.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Output(NamedTuple):
+    """What a net says of images (B, 3, H, W). h, w: H/4, W/4 of a SegFormer, H/8, W/8 of a CNN."""
+
+    logits: torch.Tensor | None  # (B, K, h, w); None if the head was skipped
+    features: tuple  # 4 x (B, C_i, H_i, W_i)
+    embeddings: tuple  # 4 x (B, H_i * W_i, C_i); of a CNN ()
+    decoded: torch.Tensor | None = None  # (B, width, h, w): what the classifier gets, no ReLU yet
+
+
+def resize(x, size):
+    """Bilinear, half-pixel centres (align_corners=False): the convention of every logit here."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class Drop(nn.Module):
+    """Zero whole slices of a batch with probability p and scale up the others.
+
+    dims=1 drops samples (stochastic depth, Huang et al. 2016), dims=2 channels (Dropout2d), dims=4
+    single values (Dropout).
+    `shard` = (rank, world size): each rank tosses the coins of the whole batch and takes its own,
+    so that N processes with one seed drop what a single process would.
+    """
+
+    def __init__(self, p, dims):
+        super().__init__()
+        self.p, self.dims, self.shard = p, dims, (0, 1)
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        rank, world = self.shard
+        B = x.shape[0]
+        coins = torch.rand(world * B, *x.shape[1 : self.dims], device=x.device)
+        keep = (coins[rank * B : (rank + 1) * B] >= self.p).to(x.dtype) / (1 - self.p)
+        return x * keep.view(*keep.shape, *[1] * (x.ndim - self.dims))
