@@ -300,12 +300,12 @@ def similarity_kl(s, t, s_keys, t_keys):
             log_t = F.log_softmax(t @ t_keys.mT / 0.1, dim=1)
         return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
 
-    how = dict(use_reentrant=False, preserve_rng_state=False)
-    return checkpoint(kl, s, t, s_keys, t_keys, **how)
+    args = (s, t, s_keys, t_keys)
+    return checkpoint(kl, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def push(queue, at, rows, filled):
-    """Write rows (K, m, C), the first and `filled` (K, m), into rings (K, size, C) at `at` (K,)."""
+    """Add rows (K, m, C) to the rings (K, size, C) at `at` (K,), up to the first not `filled`."""
     k = torch.arange(len(queue), device=queue.device)[:, None]
     places = (at[:, None] + torch.arange(rows.shape[1], device=queue.device)) % queue.shape[1]
     queue[k, places] = torch.where(filled[:, :, None], rows, queue[k, places])
