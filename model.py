@@ -9,7 +9,7 @@ MiT encoders and the SegFormer head, by hand (Xie et al., NeurIPS 2021, arXiv 21
     out.decoded                   # (B, width, ceil(H/4), ceil(W/4)), normalised, before ReLU
 
 Features and embeddings are what TransKD distils; a teacher asked only for them skips its head with
-`net(images, head=False)`.
+`net(images, head=False)`. CNN teachers (cnn.py) come from the same `build` and `load`.
 """
 
 import math

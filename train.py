@@ -710,8 +710,9 @@ def get_args(argv=None):
     )
     p.add_argument(
         "--teacher-ckpt",
-        help="a trained one, so that none is trained: teacher.pt of a run, or anybody's SegFormer: "
-        "a file, a folder, a name on the Hugging Face hub",
+        help="a trained one, so that none is trained: teacher.pt of a run, anybody's SegFormer, "
+        "torchvision's DeepLabV3 or FCN: a file, a folder, a name on the Hugging Face hub, "
+        "torchvision/NAME",
     )
     p.add_argument(
         "--teacher-init",
