@@ -367,8 +367,8 @@ def build_method(args, name, net, teacher=None):
 def check_method(args, teacher=None):
     """UserError for flags and nets that do not go together: before any training, not after it."""
     with torch.device("meta"):
-        teacher = teacher or model.build(args.teacher, 1)
-        build_method(args, args.method, model.build(args.student, 1), teacher)
+        teacher = teacher or model.build(args.teacher, 2)
+        build_method(args, args.method, model.build(args.student, 2), teacher)
 
 
 def start_from(run, stage, net):
