@@ -328,8 +328,8 @@ def get_args():
     p.add_argument(
         "--ckpt",
         required=True,
-        help="student.pt or teacher.pt of a run; or somebody else's SegFormer: a file, a folder, a "
-        "name on the Hugging Face hub",
+        help="student.pt or teacher.pt of a run; or somebody else's SegFormer, DeepLabV3 or FCN: a "
+        "file, a folder, a name on the Hugging Face hub, torchvision/NAME",
     )
     # what to score
     p.add_argument(

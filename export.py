@@ -124,7 +124,7 @@ def hf_configs(net, facts, mean_std):
         depths=depths,
         decoder_hidden_size=net.width,
         sr_ratios=model.SR_RATIOS,
-        mlp_ratios=[model.MLP_RATIO] * 4,
+        mlp_ratios=[4] * 4,
         patch_sizes=(7, 3, 3, 3),
         strides=(4, 2, 2, 2),
         layer_norm_eps=1e-6,  # ours in the blocks; transformers up to 5.23 has 1e-5 all the same

@@ -9,8 +9,8 @@ MiT encoders and the SegFormer head, by hand (Xie et al., NeurIPS 2021, arXiv 21
     out.decoded                   # (B, width, ceil(H/4), ceil(W/4)), normalised, before ReLU
 
 Features and embeddings are what TransKD distils; a teacher asked only for them skips its head with
-`net(images, head=False)`. The nets of others.py are made of the same blocks, built by the same
-`build`, and called the same way.
+`net(images, head=False)`. The nets of others.py are made of the same blocks; they and the CNN
+teachers of cnn.py come from the same `build` and `load`, and are called the same way.
 """
 
 import math

@@ -362,8 +362,8 @@ def build_method(args, name, net, teacher=None):
 def check_method(args, teacher=None):
     """UserError for flags and nets that do not go together: before any training, not after it."""
     with torch.device("meta"):
-        teacher = teacher or model.build(args.teacher, 1)
-        build_method(args, args.method, model.build(args.student, 1), teacher)
+        teacher = teacher or model.build(args.teacher, 2)
+        build_method(args, args.method, model.build(args.student, 2), teacher)
 
 
 def start_from(run, stage, net):
@@ -689,8 +689,9 @@ def get_args(argv=None):
     )
     p.add_argument(
         "--teacher-ckpt",
-        help="a trained one, so that none is trained: teacher.pt of a run, or anybody's SegFormer: "
-        "a file, a folder, a name on the Hugging Face hub",
+        help="a trained one, so that none is trained: teacher.pt of a run, anybody's SegFormer, "
+        "torchvision's DeepLabV3 or FCN: a file, a folder, a name on the Hugging Face hub, "
+        "torchvision/NAME",
     )
     p.add_argument(
         "--teacher-init",

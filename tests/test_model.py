@@ -191,7 +191,8 @@ def test_load_weights_says_what_it_did(tmp_path, capsys):
     assert torch.equal(net.head.fuse.weight, source.head.fuse.weight)
     torch.save({"other": torch.zeros(3)}, tmp_path / "b.pt")
     with pytest.raises(
-        files.UserError, match="no SegFormer and no ResNet in a layout that we know; its tensors: other"
+        files.UserError,
+        match="no SegFormer and no ResNet in a layout that we know; its tensors: other",
     ):
         model.load_weights(net, tmp_path / "b.pt")
 
