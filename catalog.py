@@ -7,7 +7,6 @@ of (stem, image, label) files a split. Nothing after the table knows of void, ze
 
 import dataclasses
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def label_table(ids, ignored=()):
     return table
 
 
-def open_dataset(name, data_dir=None):
+def open_dataset(name, data_dir=None, **how):
     """A Dataset by name, of DATASETS. Raises UserError if its files are not as they should be."""
     if name not in DATASETS:
         raise UserError(f"unknown dataset '{name}': choose one of {', '.join(DATASETS)}")
@@ -70,7 +69,7 @@ def open_dataset(name, data_dir=None):
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: no such folder")
-    dataset = DATASETS[name](root)
+    dataset = DATASETS[name](root, **how)
     for split, pairs in dataset.pairs.items():
         if not pairs:
             raise UserError(f"{root}: the {split} split is empty")
@@ -335,20 +334,23 @@ def pair_up(images, labels, stems, source):
 
 def open_image(path):
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
+        image = Image.open(path)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses twice as many
+            raise Image.DecompressionBombError(f"{image.width}x{image.height}")
+        image.load()
         return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning) as e:
+    except (OSError, SyntaxError, ValueError) as e:
         raise UserError(f"{path}: cannot be read as an image ({e})") from e
     except Image.DecompressionBombError as e:
         raise UserError(f"{path}: refused, too large to be an image ({e})") from e
 
 
 def read_image(path):
-    """(H, W, 3) uint8, upright whatever the camera's EXIF orientation."""
-    image = open_image(path)
+    return upright(open_image(path), path)
+
+
+def upright(image, path):
+    """(H, W, 3) uint8 of an open image, upright whatever the camera's EXIF orientation."""
     if image.mode[0] in "IF":
         raise UserError(f"{path}: mode {image.mode}; photos must have 8 bits a channel")
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -400,11 +402,15 @@ def read_pair(pair, table):
     """Image (H, W, 3) and train-id label (H, W) of one entry of Dataset.pairs."""
     if isinstance(pair, int):
         return scenes.draw(pair)
-    _, image_path, label_path = pair
-    image = read_image(image_path)
-    if label_path is None:
+    image = read_image(pair[1])
+    if pair[2] is None:
         return image, np.full(image.shape[:2], IGNORE, np.uint8)
-    label = read_label(label_path)
+    return image, fit_label(read_label(pair[2]), image, pair, table)
+
+
+def fit_label(label, image, pair, table):
+    """The train ids of a label as read; an error if it is of another size than its image."""
+    _, image_path, label_path = pair
     if image.shape[:2] != label.shape:
         (h, w), (lh, lw) = image.shape[:2], label.shape
         turned = (
@@ -413,7 +419,7 @@ def read_pair(pair, table):
         raise UserError(f"{label_path}: {lw}x{lh}, but its image {image_path} is {w}x{h}{turned}")
     if min(label.shape) < 32:
         raise UserError(f"{image_path}: {label.shape[1]}x{label.shape[0]}, 32x32 is the smallest")
-    return image, map_label(label, table, label_path)
+    return map_label(label, table, label_path)
 
 
 def in_parallel(work, items, title):

@@ -15,11 +15,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import doctor
 import prepare
 import scenes
 from catalog import DATASETS, in_parallel, read_image, read_pair
+from distill import paper_weights
 from files import UserError, cli
 
 # ------------------------------------------------------------------------------------------------
@@ -197,6 +199,11 @@ def decode(files, folder, title):
 def class_pixels(split):
     """(256,) int64: pixels of each class, and of IGNORE at 255, over a split."""
     return sum(np.bincount(split.label(i).ravel(), minlength=256) for i in range(len(split)))
+
+
+def class_weights(split, num_classes):
+    """(K,) the weights of the TransKD release for the classes of a split."""
+    return paper_weights(torch.from_numpy(class_pixels(split)[:num_classes]))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -37,6 +37,11 @@ def valid_mean(values, valid):
     return (values * valid).sum() / torch.where(count > 0, count, torch.ones_like(count))
 
 
+def paper_weights(pixels):
+    """(K,) pixels of each class -> its weight in the TransKD release, 1 / ln(1.10 + share)."""
+    return (1 / torch.log(1.10 + pixels / pixels.sum())).float()
+
+
 def cross_entropy(logits, labels, class_weights=None):
     """CE of logits (B, K, h, w), resized to the labels (B, H, W), over labels other than IGNORE.
 

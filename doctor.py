@@ -1,79 +1,219 @@
 """
 The label doctor: what is in a data set, and what is wrong with it, in words.
+
+Every file is read once, and little is kept of it (`Seen`); `mistakes.py` knows what is wrong.
 """
 
+import dataclasses
+import functools
+import hashlib
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 
-from catalog import files_in, in_parallel, open_dataset, read_label, read_pair
-from distill import IGNORE
+import catalog
+import mistakes
+from catalog import files_in, in_parallel, open_image
+from distill import IGNORE, paper_weights
 from files import UserError
 
+# what turns a picture upright, by its EXIF orientation
+TURNS = dict(zip(range(2, 9), [Image.Transpose(k) for k in (0, 3, 1, 5, 4, 6, 2)]))
 
-def examine(pair, table):
-    """One pair of files: (size or None, raw values' counts, what is wrong or None)."""
-    counts = np.zeros(256, np.int64)
+# ------------------------------------------------------------------------------------------------
+# reading
+
+
+def no_pixels():
+    return np.zeros(256, np.int64)
+
+
+@dataclasses.dataclass
+class Seen:
+    """What one pair of files shows."""
+
+    stem: str
+    size: tuple | None = None  # of the image, if the pair can be used
+    error: str | None = None  # if it cannot
+    mistake: tuple | None = None  # (words for it, what this pair shows of it)
+    counts: np.ndarray = dataclasses.field(default_factory=no_pixels)  # of each value in the file
+    edges: int = 0  # see edges_of
+    edges_at_0: int = 0
+    narrow: int = 0
+    between: np.ndarray = dataclasses.field(default_factory=no_pixels)
+    contrast: tuple = (0, 0)  # see contrast_of
+
+    def add(self, label):
+        self.counts = np.bincount(label.ravel(), minlength=256)
+        self.edges, self.edges_at_0, self.narrow, self.between = edges_of(label)
+
+
+def examine(pair, dataset):
+    if isinstance(pair, int):
+        image, label = catalog.read_pair(pair, dataset.table)
+        seen = Seen(f"scene {pair}", image.shape[:2])
+        seen.add(label)
+        return seen
+    seen = Seen(pair[0])
     try:
-        if not isinstance(pair, int):
-            counts = np.bincount(read_label(pair[2]).ravel(), minlength=256)
-        image, label = read_pair(pair, table)
-        if isinstance(pair, int):
-            counts = np.bincount(label.ravel(), minlength=256)
-        return image.shape[:2], counts, None
+        if pair[2] is not None:  # not withheld
+            label = catalog.read_label(pair[2])
+            if mistakes.start_of(pair[2]).startswith(b"\xff\xd8"):
+                raise UserError(f"{pair[2]}: a JPEG inside, which keeps no ids")
+            seen.add(label)
+        photo = open_image(pair[1])
+        image = catalog.upright(photo, pair[1])
+        if pair[2] is not None:
+            catalog.fit_label(label, image, pair, dataset.table)
+            seen.contrast = contrast_of(image, label, photo.getexif().get(mistakes.ORIENTATION))
+        seen.size = image.shape[:2]
     except UserError as e:
-        return None, counts, str(e)
+        seen.error, seen.mistake = str(e), mistakes.diagnose(pair, dataset)
+    return seen
 
 
-def likely_mistake(counts, num_classes):
-    """Words for what the histogram of raw values looks like, or None."""
-    values = [v for v in np.flatnonzero(counts) if v != IGNORE]
-    if not values:
-        return f"every pixel is {IGNORE}: nothing can be learnt from these labels"
-    if values[-1] == num_classes and values[0] == 1:
-        return (
-            f"labels run from 1 to {num_classes}: shifted by one? Ids start at 0 (void is {IGNORE})"
-        )
-    if values[0] == 0 and values[-1] == num_classes:
-        return f"labels run from 0 to {num_classes}, one too many: is 0 void? Void is {IGNORE} here"
-    if num_classes == 19 and 19 < values[-1] <= 33:
-        return "these look like raw Cityscapes ids (0 to 33), not the 19 train ids"
-    if len(values) > 2 * num_classes and values[-1] > num_classes:
-        return "values all over 0..255: labels resized with interpolation, or a photo?"
-    return None
+def edges_of(label):
+    """(edges, those at 0, pixels unlike both neighbours, of these, by value, those in between).
+
+    In between is a pixel with a lower neighbour and a higher one: interpolation leaves such pixels
+    at the edges of any two classes that are not consecutive.
+    """
+    edges, at_0, narrow, between = 0, 0, 0, no_pixels()
+    for y in (label, label.T):
+        up, down = y[:, :-1] < y[:, 1:], y[:, :-1] > y[:, 1:]
+        edges += np.count_nonzero(up) + np.count_nonzero(down)
+        at_0 += np.count_nonzero(up & (y[:, :-1] == 0)) + np.count_nonzero(down & (y[:, 1:] == 0))
+        narrow += np.count_nonzero((up | down)[:, :-1] & (up | down)[:, 1:])
+        steps = (up[:, :-1] & up[:, 1:]) | (down[:, :-1] & down[:, 1:])
+        between += np.bincount(y[:, 1:-1][steps], minlength=256)
+    return edges, at_0, narrow, between
+
+
+def contrast_of(image, label, turn):
+    """Mean step of an image at its label's edges; and at those of the label turned as the image."""
+    turned = np.asarray(Image.fromarray(label).transpose(TURNS[turn])) if turn in TURNS else label
+    if turned is label or turned.shape != label.shape:
+        return 0, 0
+    steps = np.abs(np.diff(image.astype(np.int16).sum(2), axis=1))
+    at_edges = [steps[y[:, 1:] != y[:, :-1]] for y in (label, turned)]
+    return tuple(s.mean() if s.size else 0 for s in at_edges)
+
+
+def open_for_check(name, data_dir):
+    """The data set. One without classes.txt has 255 classes until its labels have been read."""
+    root, how = Path(data_dir or ""), {}
+    if name == "folder" and not (root / "classes.txt").exists():
+        how["classes"] = [(f"class {k}", colour) for k, colour in enumerate(catalog.colours(255))]
+    try:
+        return catalog.open_dataset(name, data_dir, **how)
+    except UserError as e:
+        raise UserError(f"{e}{mistakes.why_unpaired(root, str(e))}") from e
+
+
+def count_classes(dataset, splits):
+    """Keep as many of the 255 as the labels count."""
+    values = np.flatnonzero(mistakes.pixels_of(mistakes.every(splits))[:IGNORE])
+    n = int(max(values, default=0)) + 1
+    print(f"no classes.txt: {n} classes, counted in the labels")
+    kept = dict(classes=dataset.classes[:n], palette=dataset.palette[:n])
+    return dataclasses.replace(dataset, table=catalog.label_table(n, [IGNORE]), **kept)
+
+
+# ------------------------------------------------------------------------------------------------
+# telling
 
 
 def check(args):
-    """python data.py check: sizes, histogram and every bad file; UserError if there are any."""
-    dataset = open_dataset(args.dataset, args.data_dir)
-    problems = []
+    """python data.py check: sizes, histogram and what is wrong; UserError if anything surely is."""
+    dataset, splits = open_for_check(args.dataset, args.data_dir), {}
     for split, pairs in dataset.pairs.items():
-        found = list(in_parallel(lambda p: examine(p, dataset.table), pairs, f"check {split}"))
-        counts = sum(counts for _, counts, _ in found)
-        sizes = sorted({size for size, _, _ in found if size})
-        some = ", ".join(f"{w}x{h}" for h, w in sizes[:4]) + (" ..." if len(sizes) > 4 else "")
-        print(f"{split}: {len(pairs)} images, {len(sizes)} size(s): {some or 'none readable'}")
-        wrong = [message for _, _, message in found if message]
-        print("\n".join(wrong[:10] + ["..."] * (len(wrong) > 10)) or "  every pair is readable")
-        problems += wrong
-        mistake = likely_mistake(counts, len(dataset.classes))
-        if mistake:
-            print(f"  likely: {mistake}")
-            problems.append(mistake)
-        mapped = np.zeros(256, np.int64)
-        np.add.at(mapped, dataset.table[dataset.table >= 0], counts[dataset.table >= 0])
-        total = max(int(counts.sum()), 1)
-        for k, name in [*enumerate(dataset.classes), (IGNORE, "(ignored)")]:
-            print(f"  {k:3d} {name:20s} {100 * mapped[k] / total:6.2f} %  {mapped[k]:>12d} px")
-    both = set(dataset.pairs["train"]) & set(dataset.pairs["val"])
-    if both:
-        problems.append(f"{len(both)} images are in train and in val: {sorted(both)[0][0]} ...")
-        print(problems[-1])
+        work = functools.partial(examine, dataset=dataset)
+        splits[split] = list(in_parallel(work, pairs, f"check {split}"))
+    if mistakes.unnamed(dataset) and len(dataset.classes) == 255:
+        dataset = count_classes(dataset, splits)
+    errors, in_files, in_values = [], [], []
+    for split, files in splits.items():
+        in_split = first_of(mistakes.LIKELY, files, dataset)
+        in_files += report(split, files, dataset, in_split)
+        in_values += in_split
+        errors += [seen.error for seen in files if seen.error]
+    if not in_values:
+        in_values = first_of(mistakes.LIKELY_IN_ALL, splits, dataset)
+        tell("likely", in_values)
+    if not in_values:
+        tell("perhaps", filter(None, [judge(splits, dataset) for judge in mistakes.PERHAPS]))
+    twice = same_images(dataset.pairs)
+    print("".join(f"{words}\n" for words in twice), end="")
     if args.dataset != "scenes":
         report_spare_files(Path(args.data_dir), dataset)
+    problems = [*in_files, *in_values, *twice, *errors]
     if problems:
         raise UserError(f"{len(problems)} problem(s) in {args.data_dir}; the first: {problems[0]}")
     print("no problem found")
+
+
+def first_of(judges, files, dataset):
+    return [words for judge in judges if (words := judge(files, dataset))][:1]
+
+
+def tell(how_sure, found):
+    print("".join(f"  {how_sure}: {words}\n" for words in found), end="")
+
+
+def report(split, files, dataset, in_split):
+    """Print what a split holds and what is wrong; returns the mistakes that single files show."""
+    sizes = sorted({seen.size for seen in files if seen.size})
+    some = mistakes.some([f"{w}x{h}" for h, w in sizes], 4)
+    print(f"{split}: {len(files)} images, {len(sizes)} size(s): {some or 'none readable'}")
+    wrong = [seen.error for seen in files if seen.error]
+    print("\n".join(wrong[:10] + ["..."] * (len(wrong) > 10)) or "  every pair is readable")
+    alike = {}  # words -> the pairs that show this mistake
+    for seen in files:
+        if seen.mistake:
+            alike.setdefault(seen.mistake[0], []).append(seen)
+    in_files = [
+        f"{len(same)} of {len(files)} pairs, such as {same[0].stem} ({same[0].mistake[1]}): {words}"
+        for words, same in alike.items()
+    ]
+    tell("likely", in_files + in_split)
+    total, counts = mistakes.pixels_of(files).sum(), mistakes.by_class(files, dataset)
+    if not total:
+        print("  no labels")
+        return in_files
+    classes = torch.from_numpy(counts[: len(dataset.classes)])
+    weights = paper_weights(classes) if split == "train" and classes.any() else ()
+    for k, name in [*enumerate(dataset.classes), (IGNORE, "(ignored)")]:
+        weight = f"  paper's weight {weights[k]:5.2f}" if k < len(weights) else ""
+        print(f"  {k:3d} {name:20s} {100 * counts[k] / total:6.2f} %  {counts[k]:>12d} px{weight}")
+    return in_files
+
+
+def same_images(pairs):
+    """Images of train that are in val too: under the same name, or byte for byte under another."""
+    found, both = [], set(pairs["train"]) & set(pairs["val"])
+    if both:
+        found.append(f"{len(both)} images are in train and in val: {sorted(both)[0][0]} ...")
+    train, val = (
+        {} if isinstance(pairs[split][0], int) else {pair[1]: pair[0] for pair in pairs[split]}
+        for split in ("train", "val")
+    )
+    sizes, digest = {}, functools.cache(lambda p: hashlib.sha256(p.read_bytes()).digest())
+    for path in filter(Path.is_file, train):
+        sizes.setdefault(path.stat().st_size, []).append(path)
+    twins = [
+        f"{train[path]} is {val[other]}"
+        for other in filter(Path.is_file, val)
+        for path in sizes.get(other.stat().st_size, [])
+        if path != other and digest(path) == digest(other)
+    ]
+    if twins:
+        found.append(
+            f"{len(twins)} images of train are in val under another name, byte for byte the same: "
+            + mistakes.some(twins)
+        )
+    return found
 
 
 def report_spare_files(root, dataset):
@@ -82,5 +222,5 @@ def report_spare_files(root, dataset):
     for folder in ("images", "labels"):
         spare = sorted(files_in(root / folder).keys() - named) if (root / folder).is_dir() else []
         if spare:
-            some = ", ".join(spare[:5]) + " ..." * (len(spare) > 5)
+            some = mistakes.some(spare)
             print(f"{len(spare)} files in {folder}/ are in no split: {some}")

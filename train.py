@@ -507,11 +507,10 @@ def loss_terms(run, learner, wrapped, teacher, batch):
 
 
 def class_weights(run, split):
-    """1 / ln(1.10 + share of the training pixels), as in the TransKD release; None without."""
+    """Those of the paper for the training pixels, or None."""
     if run.args.class_weights == "none":
         return None
-    pixels = torch.from_numpy(data.class_pixels(split)[: len(run.dataset.classes)])
-    return (1 / torch.log(1.10 + pixels / pixels.sum())).float()
+    return data.class_weights(split, len(run.dataset.classes))
 
 
 def score(run, stage, net, facts, step):
