@@ -1,12 +1,59 @@
 """
 Distillation methods of other papers, behind the interface of distill.py: nn.Modules built from the
 channels of student and teacher, called as `method(student, teacher, images, labels)`.
+
+All but review are as in the comparison of Yang et al. (CIRKD, CVPR 2022) and look where its scripts
+do: at the logits and at the decoded map after its ReLU, pixels without a label included unless
+something else is said. Weights are those of its scripts for SegFormers, or for CNNs if there are no
+others (fitnet, at). To each but dsd the scripts add kd with weight 1: `--method skd+kd`. Left out
+are the adversarial parts, of weight 0.001 there, of skd, ifvd and cwd. Where the teacher's map has
+another size than the student's, the teacher's is resized.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from model import resize
+from distill import (
+    conv_bn,
+    cwd,
+    full_precision,
+    gram_difference,
+    hcl,
+    refuse_idle,
+    to_grid,
+    valid_mean,
+)
+from model import to_tokens
+
+# ------------------------------------------------------------------------------------------------
+# what several of them need
+
+
+def matched(s, t):
+    """Maps of student and teacher in float32, the teacher's at the student's size (B, C, h, w)."""
+    return s.float(), to_grid(t.float(), s.shape[2:])
+
+
+def decoded_maps(student, teacher):
+    """The matched decoded maps after their ReLU, (B, Cs, h, w) and (B, Ct, h, w)."""
+    return matched(F.relu(student.decoded), F.relu(teacher.decoded))
+
+
+def attention(x):
+    """Where a map (B, C, h, w) is strong: mean of its squares over C, as a unit vector (B, h*w)."""
+    return F.normalize(x.square().mean(dim=1).flatten(1))
+
+
+def class_masks(labels, size, classes):
+    """Where each class is: labels (B, H, W), nearest neighbour at `size` -> bool (B, K, h*w)."""
+    near = F.interpolate(labels[:, None].float(), size=size, mode="nearest").flatten(2)
+    return near == torch.arange(classes, device=labels.device)[:, None]  # IGNORE is none of them
+
+
+# ------------------------------------------------------------------------------------------------
+# maps compared position by position
 
 
 class PixelKD(nn.Module):
@@ -23,11 +70,363 @@ class PixelKD(nn.Module):
         self.weight, self.T = kd_weight, temperature
 
     def forward(self, student, teacher, images, labels):
-        s = student.logits.float()  # (B, K, h, w)
-        t = resize(teacher.logits.float(), s.shape[2:])
+        s, t = matched(student.logits, teacher.logits)
         log_s, log_t = (F.log_softmax(z / self.T, dim=1) for z in (s, t))
         kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)  # (B, h, w)
         return {"kd": self.weight * self.T**2 * kl.mean()}
 
 
-METHODS = {"kd": PixelKD}
+class FitNet(nn.Module):
+    """FitNets (Romero et al., arXiv 1412.6550, eq. 3): the student's map, projected.
+
+    mean (Conv1x1(s) - t)^2 of the decoded maps, or of the maps of stage fitnet_layer = "1" .. "4".
+    The paper trains up to that layer first; here, as in CIRKD's scripts, all is trained at once.
+    """
+
+    needs_teacher = True
+
+    def __init__(
+        self, student_channels, teacher_channels, widths, fitnet_weight=10.0, fitnet_layer="decoded"
+    ):
+        super().__init__()
+        self.needs_logits = fitnet_layer == "decoded"
+        self.weight = fitnet_weight
+        if not self.needs_logits:
+            self.stage = int(fitnet_layer) - 1
+            widths = student_channels[self.stage], teacher_channels[self.stage]
+        self.project = nn.Conv2d(*widths, 1, bias=False)
+
+    def forward(self, student, teacher, images, labels):
+        if self.needs_logits:
+            s, t = decoded_maps(student, teacher)
+        else:
+            s, t = matched(*(out.features[self.stage] for out in (student, teacher)))
+        return {"fitnet": self.weight * F.mse_loss(self.project(s).float(), t)}
+
+
+class AttentionTransfer(nn.Module):
+    """AT (Zagoruyko & Komodakis, arXiv 1612.03928, eq. 2): mean (a_s - a_t)^2 of `attention`.
+
+    The mean over h*w positions, where the paper has a norm, is why the weight is 1e4.
+    """
+
+    needs_teacher = needs_logits = True
+
+    def __init__(self, student_channels, teacher_channels, at_weight=1e4):
+        super().__init__()
+        self.weight = at_weight
+
+    def forward(self, student, teacher, images, labels):
+        s, t = (attention(x) for x in decoded_maps(student, teacher))
+        return {"at": self.weight * F.mse_loss(s, t)}
+
+
+class ChannelWise(nn.Module):
+    """CWD (Shu et al., arXiv 2011.13256): `distill.cwd` of the decoded maps and of the logits.
+
+    Where the widths differ, a 1x1 conv brings the student's decoded map to the teacher's channels.
+    The mean is over these; the published code divides by the student's, which makes the feature
+    term C_t / C_s times as strong: for B2 -> B0 that is `--cwd-feature-weight 15`. A weight of 0
+    leaves its part out. (CIRKD reports B0 taught so by a B4 as worse than B0 alone.)
+    """
+
+    needs_teacher = needs_logits = True
+
+    def __init__(
+        self,
+        student_channels,
+        teacher_channels,
+        widths,
+        cwd_feature_weight=5.0,
+        cwd_logit_weight=0.3,
+        cwd_temperature=4.0,
+    ):
+        super().__init__()
+        self.weights, self.T = (cwd_feature_weight, cwd_logit_weight), cwd_temperature
+        refuse_idle("cwd", (not any(self.weights), "--cwd-feature-weight 0 --cwd-logit-weight 0"))
+        self.project = nn.Identity()
+        if cwd_feature_weight and widths[0] != widths[1]:
+            self.project = nn.Conv2d(*widths, 1, bias=False)
+
+    def forward(self, student, teacher, images, labels):
+        features, logits = self.weights
+        terms = {}
+        if features:
+            s, t = decoded_maps(student, teacher)
+            terms["features"] = features * cwd(self.project(s), t, self.T)
+        if logits:
+            terms["logits"] = logits * cwd(*matched(student.logits, teacher.logits), self.T)
+        return terms
+
+
+class KnowledgeReview(nn.Module):
+    """KR (Chen et al., arXiv 2104.09044): the four stages, fused from deep to shallow; HCL.
+
+        x_i = BN(Conv1x1(F_i));  m_4 = x_4;  r = upsample(m_{i+1})    64 channels, nearest
+        a_x, a_r = sigmoid(Conv1x1([x_i, r]))                         one map for each of the two
+        m_i = a_x * x_i + a_r * r                                     (ABF)
+        term = sum_i hcl(BN(Conv3x3(m_i)), F_i^T)
+
+    TransKD's CSF is this with attention over channels, not positions, and a softmax.
+    """
+
+    needs_teacher, needs_logits = True, False
+
+    def __init__(self, student_channels, teacher_channels, review_weight=1.0):
+        super().__init__()
+        self.weight, mid = review_weight, 64
+        self.reduce = nn.ModuleList(conv_bn(c, mid, 1) for c in student_channels)
+        self.expand = nn.ModuleList(conv_bn(mid, c, 3) for c in teacher_channels)
+        self.attend = nn.ModuleList(nn.Conv2d(2 * mid, 2, 1) for _ in student_channels[:-1])
+
+    def fused(self, features):
+        """Student maps (B, c_i, H_i, W_i) -> (B, C_i, H_i, W_i)."""
+        maps, m = [], None
+        for i in reversed(range(len(features))):
+            x = self.reduce[i](features[i])  # (B, 64, H_i, W_i)
+            if m is not None:
+                r = F.interpolate(m, size=x.shape[2:], mode="nearest")
+                a = self.attend[i](torch.cat([x, r], dim=1)).sigmoid()  # (B, 2, H_i, W_i)
+                x = a[:, :1] * x + a[:, 1:] * r
+            m = x
+            maps.insert(0, self.expand[i](m))
+        return maps
+
+    def forward(self, student, teacher, images, labels):
+        pairs = zip(self.fused(student.features), teacher.features)
+        return {"review": self.weight * sum(hcl(*matched(s, t)) for s, t in pairs)}
+
+
+# ------------------------------------------------------------------------------------------------
+# relations between positions, or between channels
+
+
+class StructuredKD(nn.Module):
+    """SKD (Liu et al., arXiv 1903.04197), its pair-wise term: how alike any two positions are.
+
+    The decoded maps are max-pooled 2x2; mean (cos(s_i, s_j) - cos(t_i, t_j))^2 over all pairs i, j
+    of an image. Its pixel-wise term is kd; the adversarial ("holistic") one is left out.
+    """
+
+    needs_teacher = needs_logits = True
+
+    def __init__(self, student_channels, teacher_channels, skd_weight=10.0):
+        super().__init__()
+        self.weight = skd_weight
+
+    def forward(self, student, teacher, images, labels):
+        pooled = (F.max_pool2d(x, 2, ceil_mode=True) for x in decoded_maps(student, teacher))
+        s, t = (F.normalize(to_tokens(x), dim=2) for x in pooled)  # (B, n, C)
+        return {"skd": self.weight * gram_difference(s, t).mean()}
+
+
+class IntraClassVariation(nn.Module):
+    """IFVD (Wang et al., ECCV 2020): how far each pixel is from the mean of its class in its image.
+
+    v = cos(f, mean f of the class); mean (v_s - v_t)^2 over the pixels with a label, which are the
+    nearest ones at the map's size. (The published code also counts, as 0, those without.)
+    """
+
+    needs_teacher = needs_logits = True
+
+    def __init__(self, student_channels, teacher_channels, ifvd_weight=20.0):
+        super().__init__()
+        self.weight = ifvd_weight
+
+    def variation(self, x, masks):
+        """Map (B, C, h, w) and masks (B, K, h*w) -> cosines (B, h*w)."""
+        x = to_tokens(x)  # (B, h*w, C)
+        with full_precision(x):
+            sums = masks.float() @ x  # (B, K, C); for a cosine as good as means
+            own = masks.mT.float() @ sums  # (B, h*w, C): that of the pixel's class
+        return F.cosine_similarity(x, own, dim=2)
+
+    def forward(self, student, teacher, images, labels):
+        s, t = decoded_maps(student, teacher)
+        masks = class_masks(labels, s.shape[2:], student.logits.shape[1])
+        difference = self.variation(s, masks) - self.variation(t, masks)
+        return {"ifvd": self.weight * valid_mean(difference.square(), masks.any(dim=1))}
+
+
+class DoubleSimilarity(nn.Module):
+    """DSD (Feng et al., IEEE TIP 2021): pixel-wise (PSD) and category-wise (CSD) similarity.
+
+        PSD: mean (r_s - r_t)^2, r = normalize(attention(logits) - attention(decoded)) over h*w
+        CSD: mean (P_s P_s^T - P_t P_t^T)^2 over K x K, P = softmax over positions of logits / 4,
+             which are averaged 2x2 before
+
+    Rows of P sum to 1 over thousands of positions: CSD is tiny, about 1e-9 on random logits, and
+    hardly acts at its published weight. A weight of 0 leaves its part out.
+    """
+
+    needs_teacher = needs_logits = True
+
+    def __init__(
+        self, student_channels, teacher_channels, dsd_psd_weight=1000.0, dsd_csd_weight=10.0
+    ):
+        super().__init__()
+        self.weights = (dsd_psd_weight, dsd_csd_weight)
+        refuse_idle("dsd", (not any(self.weights), "--dsd-psd-weight 0 --dsd-csd-weight 0"))
+
+    def forward(self, student, teacher, images, labels):
+        psd, csd = self.weights
+        terms, logits = {}, matched(student.logits, teacher.logits)
+        if psd:
+            both = zip(logits, decoded_maps(student, teacher))
+            s, t = (F.normalize(attention(z) - attention(f)) for z, f in both)  # (B, h*w)
+            terms["psd"] = psd * F.mse_loss(s, t)
+        if csd:
+            pooled = (F.avg_pool2d(z, 2, ceil_mode=True).flatten(2) for z in logits)
+            s, t = ((z / 4).softmax(dim=2) for z in pooled)  # (B, K, n)
+            terms["csd"] = csd * gram_difference(s, t).mean()
+        return terms
+
+
+# ------------------------------------------------------------------------------------------------
+# relations across images
+
+PIXELS = 16  # of each class in each image go into CIRKD's queue
+
+
+def similarity_kl(s, t, s_keys, t_keys):
+    """KL(teacher || student) of softmax(row . keys / 0.1): s (n, C), keys (m, C) -> (n,).
+
+    The backward pass computes the (n, m) matrices anew, so that none is kept until then.
+    """
+
+    def kl(s, t, s_keys, t_keys):
+        with full_precision(s):
+            log_s = F.log_softmax(s @ s_keys.mT / 0.1, dim=1)  # (n, m)
+            log_t = F.log_softmax(t @ t_keys.mT / 0.1, dim=1)
+        return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
+
+    how = dict(use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(kl, s, t, s_keys, t_keys, **how)
+
+
+def push(queue, at, rows, filled):
+    """Write rows (K, m, C), the first and `filled` (K, m), into rings (K, size, C) at `at` (K,)."""
+    k = torch.arange(len(queue), device=queue.device)[:, None]
+    places = (at[:, None] + torch.arange(rows.shape[1], device=queue.device)) % queue.shape[1]
+    queue[k, places] = torch.where(filled[:, :, None], rows, queue[k, places])
+    at.copy_((at + filled.sum(dim=1)) % queue.shape[1])
+
+
+class CIRKD(nn.Module):
+    """CIRKD (Yang et al., arXiv 2204.06986): what a pixel resembles, in this image and in others.
+
+    Each term is a mean over pixels of KL(teacher || student) of softmax(cosines / 0.1):
+
+        batch    to the pixels of every image of the batch; each net's own
+        pixels   to pixels of earlier images;  regions  to means of a class in an earlier image
+
+    The last two look at pixels with a label, and compare both nets with what the teacher saw: the
+    student's map goes through conv-BN-ReLU-conv to its channels. Each class has a queue of pixels
+    and one of regions, random at first (245 MB for 20 classes of a B2, saved with a run). An image
+    adds 16 random pixels of the class and their mean to them; about cirkd_*_contrast / K random
+    entries of each are compared with. A weight of 0 leaves its part out, and its queue.
+
+    Mended: the published code takes an index into a class's pixels for one into the image, so its
+    pixel queues hold other classes. cirkd_pool: batch first averages 2x2 pixels, as when CIRKD's
+    SegFormer table was made; other versions take 4 (the newest only on large maps). batch pairs
+    the images of one process, a single one with itself; the queues hold what process 0 sees (DDP
+    hands its buffers to all).
+    """
+
+    needs_teacher = needs_logits = True
+
+    def __init__(
+        self,
+        student_channels,
+        teacher_channels,
+        widths,
+        classes,
+        cirkd_batch_weight=1.0,
+        cirkd_pixel_weight=0.1,
+        cirkd_region_weight=0.1,
+        cirkd_pool=2,
+        cirkd_pixel_queue=2000,
+        cirkd_region_queue=2000,
+        cirkd_pixel_contrast=4096,
+        cirkd_region_contrast=1024,
+    ):
+        super().__init__()
+        batch, pixels, regions = cirkd_batch_weight, cirkd_pixel_weight, cirkd_region_weight
+        queue = dict(pixels=cirkd_pixel_queue, regions=cirkd_region_queue)
+        contrast = dict(pixels=cirkd_pixel_contrast, regions=cirkd_region_contrast)
+        refuse_idle(
+            "cirkd",
+            (not (batch or pixels or regions), "all three weights 0"),
+            (not batch and cirkd_pool != 2, "--cirkd-pool"),
+            (not pixels and queue["pixels"] != 2000, "--cirkd-pixel-queue"),
+            (not pixels and contrast["pixels"] != 4096, "--cirkd-pixel-contrast"),
+            (not regions and queue["regions"] != 2000, "--cirkd-region-queue"),
+            (not regions and contrast["regions"] != 1024, "--cirkd-region-contrast"),
+        )
+        self.weights = dict(batch=batch, pixels=pixels, regions=regions)
+        self.pool, self.classes, self.contrast = cirkd_pool, classes, contrast
+        self.memories = [name for name in queue if self.weights[name]]
+        for name in self.memories:
+            rows = F.normalize(torch.randn(classes, queue[name], widths[1]), dim=2)
+            self.register_buffer(name, rows)  # (K, size, C)
+            self.register_buffer(f"{name}_at", torch.zeros(classes, dtype=torch.long))
+        if self.memories:
+            c = widths[1]
+            first, last = (nn.Conv2d(c_in, c, 1, bias=False) for c_in in (widths[0], c))
+            self.project = nn.Sequential(first, nn.BatchNorm2d(c), nn.ReLU(), last)
+
+    def batch_term(self, s, t):
+        maps = (F.avg_pool2d(x, self.pool, ceil_mode=True) for x in (s, t))
+        s, t = (F.normalize(to_tokens(x), dim=2) for x in maps)  # (B, n, C)
+        pairs = [(i, j) for i in range(len(s)) for j in range(len(s))]
+        kl = sum(similarity_kl(s[i], t[i], s[j], t[j]).mean() for i, j in pairs)
+        return self.weights["batch"] * kl / len(pairs)
+
+    @torch.no_grad()
+    def remember(self, t, masks):
+        """Put an image into the queues: the teacher's unit rows (n, C) and its masks (K, n)."""
+        if "pixels" in self.memories:
+            draw = torch.where(masks, torch.rand(len(t), device=t.device), -1.0)
+            m = min(PIXELS, len(t), self.pixels.shape[1])
+            best = draw.topk(m, dim=1)  # (K, m): random pixels of the class, then others at -1
+            push(self.pixels, self.pixels_at, t[best.indices], best.values >= 0)
+        if "regions" in self.memories:
+            with full_precision(t):
+                sums = F.normalize(masks.float() @ t, dim=1)  # (K, C)
+            push(self.regions, self.regions_at, sums[:, None], masks.any(dim=1)[:, None])
+
+    def memory_terms(self, s, t, labels):
+        masks = class_masks(labels, s.shape[2:], self.classes)  # (B, K, n)
+        s = F.normalize(to_tokens(self.project(s).float()), dim=2)  # (B, n, C)
+        t = F.normalize(to_tokens(t), dim=2)
+        if self.training:
+            for rows, mask in zip(t, masks):
+                self.remember(rows, mask)
+        terms = {}
+        for name in self.memories:
+            queue = getattr(self, name)
+            drawn = torch.randperm(queue.shape[1], device=queue.device)
+            keys = queue[:, drawn[: self.contrast[name] // self.classes + 1]].flatten(0, 1)
+            kl = [similarity_kl(a, b, keys, keys) for a, b in zip(s, t)]  # B x (n,)
+            terms[name] = self.weights[name] * valid_mean(torch.stack(kl), masks.any(dim=1))
+        return terms
+
+    def forward(self, student, teacher, images, labels):
+        s, t = decoded_maps(student, teacher)
+        terms = self.memory_terms(s, t, labels) if self.memories else {}
+        if self.weights["batch"]:
+            terms["batch"] = self.batch_term(s, t)
+        return terms
+
+
+METHODS = {
+    "kd": PixelKD,
+    "fitnet": FitNet,
+    "at": AttentionTransfer,
+    "cwd": ChannelWise,
+    "review": KnowledgeReview,
+    "skd": StructuredKD,
+    "ifvd": IntraClassVariation,
+    "dsd": DoubleSimilarity,
+    "cirkd": CIRKD,
+}

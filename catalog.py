@@ -17,11 +17,16 @@ import scenes
 from classes import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, COCO_STUFF_UNUSED, NYU40, VOC
 from distill import IGNORE
 from files import UserError
+from sources import SOURCES, how_to_get
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 # ------------------------------------------------------------------------------------------------
 # what a data set is
+
+
+class Missing(UserError):
+    """A file or folder that the layout has is not there."""
 
 
 @dataclasses.dataclass
@@ -69,7 +74,11 @@ def open_dataset(name, data_dir=None, **how):
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: no such folder")
-    dataset = DATASETS[name](root, **how)
+    try:
+        dataset = DATASETS[name](root, **how)
+    except Missing as e:
+        hint = f"; {how_to_get(name, root)}" if name in SOURCES else ""
+        raise UserError(f"{e}{hint}") from e
     for split, pairs in dataset.pairs.items():
         if not pairs:
             raise UserError(f"{root}: the {split} split is empty")
@@ -136,10 +145,11 @@ def open_folder(root, name="folder", classes=None):
 
 
 def open_nyuv2(root):
-    """NYU Depth v2 in the folder layout, with the 40 classes of Gupta et al. (CVPR 2013)."""
+    """NYU Depth v2 in the folder layout: 40 classes (Gupta et al., CVPR 2013), or 13 of them."""
     dataset = open_folder(root, "nyuv2", with_colours(NYU40))
-    if len(dataset.classes) != 40:
-        raise UserError(f"{root}/classes.txt: {len(dataset.classes)} classes, NYUv2 has 40 here")
+    if len(dataset.classes) not in (13, 40):
+        n = len(dataset.classes)
+        raise UserError(f"{root}/classes.txt: {n} classes, NYUv2 has 40 or 13 here")
     return dataset
 
 
@@ -147,7 +157,7 @@ def open_cityscapes(root):
     """The official tree: leftImg8bit/SPLIT/CITY/*_leftImg8bit.png and gtFine/."""
     names, ids, palette = zip(*CITYSCAPES)
     images = ("leftImg8bit", "{}/*", "_leftImg8bit.png")
-    table, pairs = open_street("cityscapes", root, images, ("gtFine", "_gtFine_"), ids)
+    table, pairs = open_street(root, images, ("gtFine", "_gtFine_"), ids)
     return Dataset("cityscapes", names, palette, table, pairs, ids)
 
 
@@ -159,11 +169,11 @@ def open_acdc(root):
         labels = ("gt_trainval/gt", "_gt_")
     else:
         images, labels = ("rgb_anon", "*/{}/*", "_rgb_anon.png"), ("gt", "_gt_")
-    table, pairs = open_street("acdc", root, images, labels, ids)
+    table, pairs = open_street(root, images, labels, ids)
     return Dataset("acdc", names, palette, table, pairs, in_parts=True)
 
 
-def open_street(name, root, images, labels, ids):
+def open_street(root, images, labels, ids):
     """(table, pairs) of a tree of street scenes with Cityscapes' labels.
 
     images: folder, pattern of the folders of a split, end of the names; labels: folder, start of
@@ -180,10 +190,7 @@ def open_street(name, root, images, labels, ids):
             label = f"{root / folder / stem}{mark}"
             found[split].append((stem.replace(f"{split}/", "", 1), image, label))
         if split != "test" and not found[split]:
-            raise UserError(
-                f"{root / images}: no {pattern.format(split)}/*{end} in it; 'python data.py "
-                f"download {name}' tells where to get {name} and where to put it"
-            )
+            raise Missing(f"{root / images}: no {pattern.format(split)}/*{end} in it")
     known = [pair for split in ("train", "val") for pair in found[split]]
     by_train_id = all(Path(f"{label}labelTrainIds.png").exists() for *_, label in known)
     kind = "labelTrainIds.png" if by_train_id else "labelIds.png"
@@ -279,7 +286,7 @@ def read_lines(path):
             if line.strip()
         ]
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file (it lists the split's stems, one a line)") from None
+        raise Missing(f"{path}: no such file (it lists the split's stems, one a line)") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file") from None
 
@@ -315,7 +322,7 @@ def count_classes(paths, root):
 def files_in(folder, suffixes=IMAGE_SUFFIXES):
     """stem -> path of the images in a folder."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise Missing(f"{folder}: no such folder")
     return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes}
 
 

@@ -3,6 +3,8 @@ Splits of a data set and their decode-once cache; and the command for everything
 
     python data.py check --dataset camvid --data-dir D     # what is in D, and what is wrong with it
     python data.py scenes --out-dir D                      # the drawn scenes as files
+    python data.py download camvid --data-dir D            # or nyuv2, voc2012, ade20k
+    python data.py nyuv2 --mat M --splits S --out-dir D    # NYUv2 from its MATLAB files
 """
 
 import argparse
@@ -23,6 +25,7 @@ import scenes
 from catalog import DATASETS, in_parallel, read_image, read_pair
 from distill import paper_weights
 from files import UserError, cli
+from sources import SOURCES
 
 # ------------------------------------------------------------------------------------------------
 # a split: len(), image(i), label(i); from a memory map or from the files
@@ -214,7 +217,7 @@ def get_args():
     parser = argparse.ArgumentParser(
         description="Look at a data set, or write one", allow_abbrev=False
     )
-    sub = parser.add_subparsers(required=True, metavar="{check,scenes}")
+    sub = parser.add_subparsers(required=True, metavar="{check,scenes,download,nyuv2}")
     p = sub.add_parser("check", help="read every file of a data set and say what is wrong with it")
     p.add_argument("--dataset", default="folder", help=f"one of {', '.join(DATASETS)}")
     p.add_argument("--data-dir", help="the folder that holds it")
@@ -225,6 +228,30 @@ def get_args():
     p.add_argument("--out-dir", required=True, help="a new folder")
     p.add_argument("--count", type=int, default=100, help="scenes a split, at most")
     p.set_defaults(run=prepare.export_scenes)
+    p = sub.add_parser("download", help="fetch a data set, if anybody may; else say where it is")
+    p.add_argument("name", help=f"one of {', '.join(SOURCES)}")
+    p.add_argument(
+        "--data-dir", required=True, help="where it goes; a download that was cut goes on there"
+    )
+    p.add_argument(
+        "--keep-archive",
+        action="store_true",
+        help="leave the fetched files there, to unpack or convert them again (default: removed)",
+    )
+    p.set_defaults(run=prepare.download)
+    p = sub.add_parser("nyuv2", help="make the folder layout of NYUv2's original MATLAB files")
+    p.add_argument("--mat", required=True, help="nyu_depth_v2_labeled.mat, 2.8 GB, never all read")
+    p.add_argument("--splits", required=True, help="splits.mat: the official 795 train, 654 test")
+    p.add_argument("--map", help="a classMapping40.mat of your own; the usual one is known")
+    p.add_argument(
+        "--classes",
+        type=int,
+        choices=(40, 13),
+        default=40,
+        help="40 as most papers, or the 13 groups of them that others score",
+    )
+    p.add_argument("--out-dir", required=True, help="pictures that are there are kept")
+    p.set_defaults(run=prepare.convert_nyuv2)
     return parser.parse_args()
 
 

@@ -83,6 +83,33 @@ def cwd(student, teacher, T=1.0):
     return T**2 * kl / (student.shape[0] * student.shape[1])
 
 
+def to_grid(x, size):
+    """Map (B, C, H, W) at `size`: average-pooled where it is larger, bilinear where smaller."""
+    return resize(F.adaptive_avg_pool2d(x, [min(a, b) for a, b in zip(x.shape[2:], size)]), size)
+
+
+def full_precision(x):
+    """A context without autocast on x's device: matrix products of float32 stay float32."""
+    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
+
+
+def gram_difference(a, b):
+    """Mean squared difference of two Gram matrices: rows (..., n, Ca) and (..., n, Cb) -> (...).
+
+        1/n^2 ||A A^T - B B^T||_F^2 = 1/n^2 (||A^T A||_F^2 + ||B^T B||_F^2 - 2 ||A^T B||_F^2)
+
+    With more rows than channels it is the right side, which has no n x n matrix. There the value of
+    equal matrices is 0 up to rounding, of either sign; the gradient is as good as the left side's.
+    """
+    n = a.shape[-2]
+    with full_precision(a):
+        a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+        if n <= max(a.shape[-1], b.shape[-1]):
+            return (a @ a.mT - b @ b.mT).square().mean((-2, -1))
+        aa, bb, ab = (x.mT @ (y / n) for x, y in ((a, a), (b, b), (a, b)))  # (..., C, C)
+        return sum(w * g.square().sum((-2, -1)) for w, g in ((1, aa), (1, bb), (-2, ab)))
+
+
 FEATURE_LOSSES = {"hcl": hcl, "cwd": cwd, "none": None}
 EMBED_STAGES = {"all": (0, 1, 2, 3), "none": (), "1": (0,), "2": (1,), "3": (2,), "4": (3,)}
 
@@ -230,6 +257,13 @@ class PatchEmbeddingAlignment(nn.Module):
 # the methods
 
 
+def refuse_idle(method, *checks):
+    """checks: (whether an option changes nothing here, its flag). UserError for the first idle."""
+    for idle, flag in checks:
+        if idle:
+            raise UserError(f"{method}, {flag}: there is nothing for it to act on")
+
+
 class NoDistillation(nn.Module):
     """The student alone: no terms, no parameters, no teacher."""
 
@@ -271,7 +305,8 @@ class TransKD(nn.Module):
         self.feature_weight, self.embed_weight = feature_weight, embed_weight
         stages = EMBED_STAGES[embed]
         no_maps, no_tokens, no_mixer = feature_loss == "none", not stages, variant != "gl"
-        for idle, flag in (
+        refuse_idle(
+            f"transkd-{variant}",
             (no_maps and no_tokens, "--feature-loss none --embed none"),
             (no_maps and csf_norm != "none", "--csf-norm"),
             (no_maps and feature_weight != 1, "--feature-weight"),
@@ -279,9 +314,7 @@ class TransKD(nn.Module):
             (no_mixer and (gl_init != 0.5 or gl_residual), "--gl-init or --gl-residual"),
             (variant == "gl" and 3 not in stages, f"--embed {embed} with the mixer of stage 4"),
             (variant == "ea" and no_tokens, "--embed none with the Embedding Assistant"),
-        ):
-            if idle:
-                raise UserError(f"transkd-{variant}, {flag}: there is nothing for it to act on")
+        )
         self.alpha = tuple(embed_alpha) if embed == "all" else (1.0,)
         self.csf = self.pea = None
         if self.feature_loss:
@@ -333,9 +366,13 @@ METHODS = {
 }
 
 
-def build_method(spec, student_channels, teacher_channels, methods=METHODS, **options):
+def build_method(
+    spec, student_channels, teacher_channels, methods=METHODS, widths=None, classes=None, **options
+):
     """The method named by `spec`, "a" or "a+b", with those of `options` that it takes.
 
+    For the methods that ask for them: widths, the channels of the decoded map of student and
+    teacher, and classes, the number of classes.
     Raises UserError for an unknown name and for an option that none of the named methods takes.
     """
     names = spec.split("+")
@@ -348,10 +385,11 @@ def build_method(spec, student_channels, teacher_channels, methods=METHODS, **op
         raise UserError(f"method '{spec}' names one method twice")
     taken, built = set(), {}
     for name in names:
-        mine = options.keys() & inspect.signature(methods[name]).parameters.keys()
-        built[name] = methods[name](
-            student_channels, teacher_channels, **{k: options[k] for k in mine}
-        )
+        known = inspect.signature(methods[name]).parameters.keys()
+        mine = options.keys() & known
+        own = {k: options[k] for k in mine}
+        own |= {k: v for k, v in dict(widths=widths, classes=classes).items() if k in known}
+        built[name] = methods[name](student_channels, teacher_channels, **own)
         taken |= mine
     for option in options.keys() - taken:
         raise UserError(f"--{option.replace('_', '-')} has no effect on --method {spec}")

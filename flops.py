@@ -46,7 +46,7 @@ def measure(net, image, extra=None):
             extra(out)
 
     net.eval()
-    net.head.merged = False
+    net.head.merged = False  # PVTv2's head has no such choice, and does not mind
     gmacs, attention = count(run)
     net.head.merged = True
     executed, _ = count(run)
@@ -90,8 +90,10 @@ def rows(args):
             with torch.device("meta"):
                 net = model.build(name, args.num_classes)
                 options = {} if args.csf_norm is None else dict(csf_norm=args.csf_norm)
+                widths = (net.width, teacher.width)
+                known = (METHODS, widths, args.num_classes)
                 method = distill.build_method(
-                    args.method, net.channels, teacher.channels, METHODS, **options
+                    args.method, net.channels, teacher.channels, *known, **options
                 )
                 labels = torch.zeros(1, height, width, dtype=torch.uint8)
                 extra = functools.partial(method.eval(), teacher=teacher(image), images=image)

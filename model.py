@@ -6,9 +6,11 @@ MiT encoders and the SegFormer head, by hand (Xie et al., NeurIPS 2021, arXiv 21
     out.logits                    # (B, K, ceil(H/4), ceil(W/4))
     out.features                  # four maps (B, C_i, H_i, W_i), after the stage's LayerNorm
     out.embeddings                # four patch embeddings (B, H_i * W_i, C_i), after their LayerNorm
+    out.decoded                   # (B, width, ceil(H/4), ceil(W/4)), normalised, before ReLU
 
 Features and embeddings are what TransKD distils; a teacher asked only for them skips its head with
-`net(images, head=False)`.
+`net(images, head=False)`. The nets of others.py are made of the same blocks, built by the same
+`build`, and called the same way.
 """
 
 import math
@@ -19,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import weights
 from files import UserError, save_tensors
-from weights import FORMAT, read
 
-# name: (embed dims, heads, depths, head width). nano is ours, for tests and the demo.
+# name: (embed dims, heads, depths, head width). nano is ours, for tests and the demo; what is not a
+# SegFormer is in others.py.
 MODELS = {
     "nano": ((16, 32, 64, 128), (1, 2, 4, 8), (1, 1, 1, 1), 64),
     "b0": ((32, 64, 160, 256), (1, 2, 5, 8), (2, 2, 2, 2), 256),
@@ -31,9 +34,11 @@ MODELS = {
     "b3": ((64, 128, 320, 512), (1, 2, 5, 8), (3, 4, 18, 3), 768),
     "b4": ((64, 128, 320, 512), (1, 2, 5, 8), (3, 8, 27, 3), 768),
     "b5": ((64, 128, 320, 512), (1, 2, 5, 8), (3, 6, 40, 3), 768),
+    "lvt": ((64, 64, 160, 256), (2, 2, 5, 8), (2, 2, 2, 2), 256),
 }
+MODELS |= {f"pvt_v2_b{n}": (*MODELS[f"b{n}"][:3], 128) for n in range(6)}  # the shapes of MiT
+PATCHES = ((7, 4), (3, 2), (3, 2), (3, 2))  # kernel and stride of the stages' patch embeddings
 SR_RATIOS = (8, 4, 2, 1)  # keys and values are taken from a map this many times smaller per side
-MLP_RATIO = 4
 # of images in [0, 1], red first: what every published MiT was trained with
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -42,6 +47,9 @@ class Output(NamedTuple):
     logits: torch.Tensor | None  # (B, K, H/4, W/4); None if the head was skipped
     features: tuple  # 4 x (B, C_i, H_i, W_i)
     embeddings: tuple  # 4 x (B, H_i * W_i, C_i)
+    decoded: torch.Tensor | None = (
+        None  # (B, width, H/4, W/4): what the classifier gets, no ReLU yet
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -96,18 +104,21 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Self-attention with keys and values from a map reduced by sr_ratio per side (eq. 1-2)."""
 
-    def __init__(self, dim, heads, sr_ratio):
+    def __init__(self, dim, heads, sr_ratio, qkv_bias=True):
         super().__init__()
         self.heads, self.sr_ratio = heads, sr_ratio
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
             self.norm = nn.LayerNorm(dim, eps=1e-5)
 
+    def queries(self, x, H, W):
+        return self.q(x)  # (B, N, C)
+
     def forward(self, x, H, W):
-        q = self.q(x)  # (B, N, C)
+        q = self.queries(x, H, W)
         if self.sr_ratio > 1:
             x = self.norm(to_tokens(self.sr(to_map(x, H, W))))  # (B, N / sr^2, C)
         k, v = self.kv(x).chunk(2, dim=-1)
@@ -119,25 +130,27 @@ class Attention(nn.Module):
 class MixFFN(nn.Module):
     """MLP with a 3x3 depth-wise conv inside, which also tells a token where it is (eq. 3)."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, ratio=4):
         super().__init__()
-        hidden = dim * MLP_RATIO
+        hidden = dim * ratio
         self.fc1 = nn.Linear(dim, hidden)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x, H, W):
-        x = self.dwconv(to_map(self.fc1(x), H, W))  # (B, 4C, H, W)
+        x = self.dwconv(to_map(self.fc1(x), H, W))  # (B, ratio * C, H, W)
         return self.fc2(F.gelu(to_tokens(x)))  # (B, N, C)
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, sr_ratio, drop_path):
+    """x + attn(norm(x)), then x + mlp(norm(x)); both called with tokens, height and width."""
+
+    def __init__(self, dim, attn, mlp, drop_path, eps=1e-6):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, sr_ratio)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MixFFN(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = mlp
         self.drop_path = Drop(drop_path, dims=1)
 
     def forward(self, x, H, W):
@@ -148,10 +161,13 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Patch embedding, blocks, LayerNorm. Returns the map (B, C, H, W) and the patch embedding."""
 
-    def __init__(self, c_in, dim, heads, sr_ratio, drop_paths, kernel, stride):
+    def __init__(self, c_in, dim, patch, heads, sr_ratio, mlp_ratio, drop_paths):
         super().__init__()
-        self.patch_embed = PatchEmbed(c_in, dim, kernel, stride)
-        self.blocks = nn.ModuleList(Block(dim, heads, sr_ratio, p) for p in drop_paths)
+        self.patch_embed = PatchEmbed(c_in, dim, *patch)
+        self.blocks = nn.ModuleList(
+            Block(dim, Attention(dim, heads, sr_ratio), MixFFN(dim, mlp_ratio), p)
+            for p in drop_paths
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x):
@@ -162,26 +178,12 @@ class Stage(nn.Module):
         return to_map(self.norm(x), H, W), embedding
 
 
-class MiT(nn.Module):
-    """Mix Transformer encoder: four stages at strides 4, 8, 16, 32."""
+class Encoder(nn.Module):
+    """Stages at strides 4, 8, 16, 32. Images (B, 3, H, W) -> four maps, four patch embeddings."""
 
-    def __init__(self, dims, heads, depths, drop_path=0.1):
+    def __init__(self, stages):
         super().__init__()
-        # stochastic depth grows linearly from 0 at the first block to drop_path at the last
-        last = sum(depths) - 1
-        rates = iter([drop_path * k / last for k in range(last + 1)])
-        self.stages = nn.ModuleList(
-            Stage(
-                c_in=3 if i == 0 else dims[i - 1],
-                dim=dims[i],
-                heads=heads[i],
-                sr_ratio=SR_RATIOS[i],
-                drop_paths=[next(rates) for _ in range(depths[i])],
-                kernel=7 if i == 0 else 3,
-                stride=4 if i == 0 else 2,
-            )
-            for i in range(4)
-        )
+        self.stages = nn.ModuleList(stages)
         self.apply(init_weights)
 
     def forward(self, x):
@@ -191,6 +193,18 @@ class MiT(nn.Module):
             features.append(x)
             embeddings.append(embedding)
         return tuple(features), tuple(embeddings)
+
+
+def mit(dims, heads, depths, drop_path=0.1, mlp_ratios=(4, 4, 4, 4)):
+    """The Mix Transformer encoder."""
+    inputs, rates = (3, *dims[:3]), drop_path_rates(depths, drop_path)
+    return Encoder(map(Stage, inputs, dims, PATCHES, heads, SR_RATIOS, mlp_ratios, rates))
+
+
+def drop_path_rates(depths, last):
+    """Stochastic depth, per stage and block: from 0 at the first block linearly to `last`."""
+    rates = iter([last * k / (sum(depths) - 1) for k in range(sum(depths))])
+    return [[next(rates) for _ in range(depth)] for depth in depths]
 
 
 def init_weights(m):
@@ -231,7 +245,8 @@ class SegFormerHead(nn.Module):
 
     def forward(self, features):
         x = self.fuse_merged(features) if self.merged else self.fuse_as_written(features)
-        return self.classifier(self.drop(F.relu(self.norm(x))))  # (B, K, H/4, W/4)
+        decoded = self.norm(x)  # (B, width, H/4, W/4)
+        return self.classifier(self.drop(F.relu(decoded))), decoded
 
     def fuse_as_written(self, features):
         size = features[0].shape[2:]
@@ -255,33 +270,48 @@ def resize(x, size):
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-class SegFormer(nn.Module):
-    def __init__(self, name, num_classes, drop_path=0.1, dropout=0.1, head_width=None):
+class Segmenter(nn.Module):
+    """An encoder (images -> features, embeddings) and a head (features -> logits, decoded)."""
+
+    def __init__(self, name, encoder, head):
         super().__init__()
-        dims, heads, depths, width = MODELS[name]
-        self.name, self.num_classes, self.channels = name, num_classes, dims
-        self.encoder = MiT(dims, heads, depths, drop_path)
-        self.head = SegFormerHead(dims, head_width or width, num_classes, dropout)
+        self.name, self.channels = name, MODELS[name][0]
+        self.encoder, self.head = encoder, head
+        self.num_classes, self.width = head.classifier.weight.shape[:2]
 
     def forward(self, images, head=True):
         if min(images.shape[2:]) < 32:
             h, w = images.shape[2:]
             raise UserError(f"an image of {h}x{w} pixels: {self.name} needs 32x32 at least")
         features, embeddings = self.encoder(images)
-        return Output(self.head(features) if head else None, features, embeddings)
+        logits, decoded = self.head(features) if head else (None, None)
+        return Output(logits, features, embeddings, decoded)
 
 
-def build(name, num_classes, drop_path=0.1, dropout=0.1, head_width=None):
-    """A SegFormer with random weights.
+def build(name, num_classes, drop_path=None, dropout=None, head_width=None):
+    """A net with random weights.
 
-    name: one of MODELS; num_classes: outputs per pixel; head_width: channels of the head, if not as
-    in MODELS.
+    name: one of MODELS; num_classes: outputs per pixel; drop_path, dropout: rates of stochastic
+    depth and in the head, if not as published (0 in lvt, 0.1 in all others); head_width: channels
+    of the head, if not as in MODELS.
     """
+    import others  # here, for it comes after this file, of whose blocks its nets are made
+
     if name not in MODELS:
         raise UserError(f"unknown model '{name}': choose one of {', '.join(MODELS)}")
     if not 1 <= num_classes <= 255:
         raise UserError(f"{num_classes} classes: 1 to 255 are possible (255 in a label = ignore)")
-    return SegFormer(name, num_classes, drop_path, dropout, head_width)
+    published = 0.0 if name == "lvt" else 0.1
+    drop_path = published if drop_path is None else drop_path
+    dropout = published if dropout is None else dropout
+    dims, heads, depths, width = MODELS[name]
+    head = dims, head_width or width, num_classes, dropout
+    if name == "lvt":
+        return Segmenter(name, others.lvt(dims, heads, depths, drop_path), SegFormerHead(*head))
+    if name.startswith("pvt_v2"):
+        encoder = mit(dims, heads, depths, drop_path, others.PVT_MLP_RATIOS[name])
+        return Segmenter(name, encoder, others.SemanticFPNHead(*head))
+    return Segmenter(name, mit(dims, heads, depths, drop_path), SegFormerHead(*head))
 
 
 def count_parameters(net):
@@ -311,8 +341,10 @@ def save(path, net, **facts):
 
     facts: classes (names), palette (RGB triples), mean and std of the input, ... plain values only.
     """
-    shape = dict(model=net.name, num_classes=net.num_classes, head_width=net.head.fuse.out_channels)
-    save_tensors(path, dict(format=FORMAT) | shape | facts | {"state_dict": net.state_dict()})
+    shape = dict(model=net.name, num_classes=net.num_classes, head_width=net.width)
+    save_tensors(
+        path, dict(format=weights.FORMAT) | shape | facts | {"state_dict": net.state_dict()}
+    )
 
 
 def load(source):
@@ -321,17 +353,15 @@ def load(source):
     source: what `save` wrote, or anything of `weights.read` that has a segmentation head. Facts
     that it does not tell are None (classes, palette, dataset, ...), mean and std ImageNet's.
     """
-    state, facts = read(source)
+    state, facts = weights.read(source)
     name, num_classes, width = recognise(source, state, facts)
     net = build(name, num_classes, head_width=width)
     ours = net.state_dict()
     odd = [k for k in ours if k in state and state[k].shape != ours[k].shape]
     missing = [k for k in ours if k not in state and not k.endswith("num_batches_tracked")]
-    if odd or missing:
-        raise UserError(
-            f"{source}: damaged, or no {name}: {listed(missing, 'missing')}"
-            f"{listed(odd, 'of another shape')}"
-        )
+    wrong = [listed(missing, "missing"), listed(odd, "of another shape")]
+    if any(wrong):
+        raise UserError(f"{source}: damaged, or no {name}: {'; '.join(filter(None, wrong))}")
     net.load_state_dict({k: v for k, v in state.items() if k in ours}, strict=False)
     known = dict(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD), dtype="float32")
     known |= dict.fromkeys(("dataset", "classes", "palette", "short_side", "resize", "void"))
@@ -340,20 +370,23 @@ def load(source):
 
 def recognise(source, state, facts):
     """(name in MODELS, number of classes, head width) by the shapes of the tensors."""
-    if "head.classifier.weight" not in state or "head.fuse.weight" not in state:
+    pyramid = "head.laterals.0.weight" in state
+    if "head.classifier.weight" not in state or not (pyramid or "head.fuse.weight" in state):
         raise UserError(
-            f"{source}: an encoder without the SegFormer head; as a start of training it will do "
+            f"{source}: an encoder without a head that we know; as a start of training it will do "
             "(--teacher-init, --student-init)"
         )
     try:
-        dims = tuple(len(state[f"encoder.stages.{i}.norm.weight"]) for i in range(4))
-        width, num_classes = len(state["head.fuse.weight"]), len(state["head.classifier.weight"])
-    except (KeyError, TypeError) as e:
+        dims = tuple(len(state[f"encoder.stages.{i}.patch_embed.norm.bias"]) for i in range(4))
+        num_classes, width = state["head.classifier.weight"].shape[:2]
+    except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{source}: damaged, {e} is missing") from e
     blocks = [re.match(r"encoder.stages.(\d).blocks.\d+.norm1.weight", k) for k in state]
     depths = tuple(sum(bool(b) and int(b[1]) == i for b in blocks) for i in range(4))
     heads = facts.pop("heads", None)
     for name, shape in MODELS.items():
+        if name.startswith("pvt_v2") != pyramid:  # their encoders have the shapes of MiT
+            continue
         if shape[0] == dims and shape[2] == depths and heads in (None, shape[1]):
             return name, num_classes, width
     raise UserError(
@@ -368,7 +401,7 @@ def load_weights(net, source):
     head with another number of classes is left as it is, with a warning. Raises UserError if
     nothing fits.
     """
-    state, _ = read(source)
+    state, _ = weights.read(source)
     ours = net.state_dict()
     fits = {k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}
     if not fits:
@@ -389,6 +422,6 @@ def load_weights(net, source):
 
 
 def listed(names, what):
-    """'3 what: a, b, c', or '' if there are none; six names at most."""
+    """'3 missing: a, b, c', or '' if there are none; six names at most."""
     some = ", ".join(names[:6]) + " ..." * (len(names) > 6)
-    return f"{len(names)} {what}: {some} " if names else ""
+    return f"{len(names)} {what}: {some}" if names else ""

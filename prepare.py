@@ -2,12 +2,26 @@
 Data sets written or fetched.
 """
 
+import importlib
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+import downloads
 import scenes
-from files import UserError
+from catalog import DATASETS, in_parallel, open_dataset
+from classes import (
+    NYU13,
+    NYU40,
+    NYU40_TO_13,
+    NYU_CLASS_38,
+    NYU_CLASS_39,
+    NYU_CLASSES_1_TO_37,
+)
+from distill import IGNORE
+from files import UserError, atomic
+from sources import SOURCES, how_to_get, is_free
 
 
 def export_scenes(args):
@@ -29,3 +43,186 @@ def export_scenes(args):
             Image.fromarray(label).save(root / "labels" / f"{stem}.png")
         (root / f"{split}.txt").write_text("\n".join(stems) + "\n")
     print(f"{root}: written, in the layout of --dataset folder")
+
+
+# ------------------------------------------------------------------------------------------------
+# download
+
+
+def download(args):
+    """python data.py download NAME: what anybody may fetch, made ready for --dataset NAME."""
+    name, root = args.name, Path(args.data_dir)
+    if name not in SOURCES:
+        raise UserError(f"there is nothing to download for '{name}': {', '.join(SOURCES)}")
+    source = SOURCES[name]
+    if not is_free(name):
+        raise UserError(f"{name} is not downloaded by this program: {how_to_get(name, root)}")
+    print(f"{name}: {source['licence']}; see {source['page']}", flush=True)
+    if name == "nyuv2":
+        for module in ("h5py", "scipy.io"):  # before the gigabytes, not after them
+            need(module)
+    if (root / source["last"]).exists():
+        print(f"{root / source['last']} is there already: nothing to do")
+        return
+    archives = [root / file["name"] for file in source["files"]]
+    for path, file in zip(archives, source["files"]):
+        downloads.download(file["url"], path, *(file.get(k) for k in ("size", "sha256", "md5")))
+    if name == "nyuv2":
+        write_nyuv2(*archives, None, 40, root)
+    else:
+        only, where = source["unpack"]
+        downloads.unpack(archives[0], root / where, only)
+    if not (root / source["last"]).exists():
+        raise UserError(f"{archives[0]}: unpacked, but without {source['last']}: another file?")
+    if name in DATASETS:
+        pairs = open_dataset(name, root).pairs
+        print(
+            f"{root}: " + ", ".join(f"{len(v)} {split}" for split, v in pairs.items()) + " images"
+        )
+    if not args.keep_archive:
+        for path in archives:
+            path.unlink()
+    print(f"next: python data.py check --dataset {name} --data-dir {root}")
+
+
+def need(module):
+    """Import a package that only the NYUv2 files need."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"NYUv2 comes as MATLAB files ({e}): pip install h5py scipy") from e
+
+
+# ------------------------------------------------------------------------------------------------
+# NYU Depth v2
+
+
+def convert_nyuv2(args):
+    """python data.py nyuv2: the original MATLAB files in the folder layout."""
+    write_nyuv2(args.mat, args.splits, args.map, args.classes, Path(args.out_dir))
+    print(f"next: python data.py check --dataset nyuv2 --data-dir {args.out_dir}")
+
+
+def write_nyuv2(mat, splits, class_map, num_classes, root):
+    """images/NNNN.png, labels/NNNN.png, NNNN from 1 as in the release; test is called val.
+
+    Pictures that are there are kept, so that a run that was stopped goes on; the lists come last.
+    num_classes: 40 or 13. Raises UserError that names the file, what it holds and what it should.
+    """
+    h5py, table = need("h5py"), nyu_table(class_map, num_classes)
+    if not Path(mat).is_file():
+        raise UserError(f"{mat}: no such file")
+    try:
+        source = h5py.File(mat, "r")
+    except OSError as e:
+        raise UserError(f"{mat}: not a whole HDF5 file, as MATLAB v7.3 writes it ({e})") from e
+    with source:
+        images, labels = nyu_arrays(source, mat)
+        lists = nyu_splits(splits, len(images))
+        declare_classes(root, NYU13 if num_classes == 13 else NYU40)
+
+        def write(number):
+            paths = [root / folder / f"{number:04d}.png" for folder in ("images", "labels")]
+            if all(path.exists() for path in paths):
+                return
+            try:  # MATLAB's (height, width, 3, N) is (N, 3, width, height) in h5py
+                image, raw = images[number - 1].transpose(2, 1, 0), labels[number - 1].T
+            except OSError as e:
+                raise UserError(f"{mat}: image {number} cannot be read ({e})") from e
+            if raw.max() >= len(table):
+                raise UserError(f"{mat}: label {raw.max()} in image {number}, 0 to 894 expected")
+            for path, pixels in zip(paths, (image, table[raw])):
+                with atomic(path) as tmp:
+                    Image.fromarray(np.ascontiguousarray(pixels)).save(tmp, format="PNG")
+
+        for _ in in_parallel(write, sorted(sum(lists.values(), [])), "nyuv2"):
+            pass
+    for name, numbers in lists.items():
+        with atomic(root / f"{name}.txt") as tmp:
+            Path(tmp).write_text("".join(f"{number:04d}\n" for number in numbers))
+    print(f"{root}: " + ", ".join(f"{len(v)} {name}" for name, v in lists.items()) + " images")
+
+
+def nyu_arrays(source, mat):
+    """The images (N, 3, W, H) and labels (N, W, H) of the open file; nothing is read yet."""
+    missing = [name for name in ("images", "labels") if name not in source]
+    if missing:
+        raise UserError(f"{mat}: no variable '{missing[0]}', only {', '.join(source) or 'nothing'}")
+    images, labels = source["images"], source["labels"]
+    shape = getattr(images, "shape", ())
+    if len(shape) != 4 or shape[1] != 3 or images.dtype != np.uint8:
+        raise UserError(f"{mat}: images {describe(images)}, expected (N, 3, 640, 480) uint8")
+    if getattr(labels, "shape", ()) != (shape[0], *shape[2:]) or labels.dtype.kind != "u":
+        want = f"{(shape[0], *shape[2:])} uint16, as the images"
+        raise UserError(f"{mat}: labels {describe(labels)}, expected {want}")
+    return images, labels
+
+
+def describe(array):
+    return f"{getattr(array, 'shape', 'are a group')} {getattr(array, 'dtype', '')}".strip()
+
+
+def nyu_splits(path, n):
+    """{"train": [number], "val": [number]}, from 1 to n; val is the official test split."""
+    found = read_mat(path, "trainNdxs", "testNdxs")
+    lists = {"train": found[0].tolist(), "val": found[1].tolist()}
+    both = lists["train"] + lists["val"]
+    outside = [i for i in both if not 1 <= i <= n]
+    if outside or not all(lists.values()):
+        some = ", ".join(map(str, outside[:3])) or "an empty split"
+        raise UserError(f"{path}: {some}, expected numbers from 1 to {n}, the images there are")
+    if len(set(both)) < len(both):
+        twice = sorted(i for i in set(both) if both.count(i) > 1)
+        raise UserError(
+            f"{path}: image {twice[0]} is there twice ({len(twice)} are), expected once"
+        )
+    return lists
+
+
+def nyu_table(path, num_classes):
+    """(895,) uint8: raw label, 0 is void -> 0..num_classes-1 or IGNORE. path: --map, or None."""
+    if path:
+        (found,) = read_mat(path, "mapClass")
+    else:
+        found = np.full(894, 40)
+        ids = (
+            [int(n) for n in x.split()] for x in (NYU_CLASSES_1_TO_37, NYU_CLASS_38, NYU_CLASS_39)
+        )
+        for raw, k in zip(ids, (np.arange(1, 38), 38, 39)):
+            found[np.array(raw) - 1] = k
+    if len(found) != 894 or found.min() < 1 or found.max() > 40:
+        held = f"{len(found)} numbers" + (f" {found.min()} to {found.max()}" if len(found) else "")
+        raise UserError(f"{path}: mapClass holds {held}, expected 894 of 1 to 40")
+    classes = np.array(NYU40_TO_13)[found - 1] if num_classes == 13 else found
+    return np.append(IGNORE, classes - 1).astype(np.uint8)
+
+
+def read_mat(path, *names):
+    """Variables of a MATLAB file of up to v7, as flat arrays of whole numbers."""
+    io = need("scipy.io")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        found = io.loadmat(path, appendmat=False)
+    except Exception as e:  # what reading a file of any kind may raise has no end
+        raise UserError(f"{path}: cannot be read as a MATLAB file up to v7 ({e})") from e
+    arrays = []
+    for name in names:
+        if name not in found:
+            there = ", ".join(k for k in found if not k.startswith("__")) or "nothing"
+            raise UserError(f"{path}: no variable '{name}', only {there}")
+        array = np.ravel(found[name])
+        if array.dtype.kind not in "uif" or (array != np.round(array)).any():
+            raise UserError(f"{path}: {name} is {describe(array)}, expected whole numbers")
+        arrays.append(array.astype(np.int64))
+    return arrays
+
+
+def declare_classes(root, names):
+    """classes.txt comes first: labels/ of other classes than it names are never added to."""
+    path, text = root / "classes.txt", "".join(f"{name}\n" for name in names)
+    begun = any((root / folder).is_dir() for folder in ("images", "labels"))
+    if begun and not (path.exists() and path.read_text() == text):
+        raise UserError(f"{root}: images/ or labels/ of other classes are there; pass a new folder")
+    with atomic(path) as tmp:
+        Path(tmp).write_text(text)

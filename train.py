@@ -76,6 +76,9 @@ DEFAULTS = {
 # quarter of the size; weight decay on everything; lr * (1 - epoch / 1500) over 1000 epochs.
 PAPER = dict(batch_size=2, teacher_batch_size=8, lr=6e-5, warmup=0.0, clip=0.0, colour=0.0)
 PAPER |= dict(class_weights="paper", csf_norm="batch", protocol="paper")
+# where on the hub there are ImageNet weights
+IMAGENET = {f"b{n}": f"nvidia/mit-b{n}" for n in range(6)}
+IMAGENET |= {f"pvt_v2_b{n}": f"OpenGVLab/pvt_v2_b{n}" for n in range(6)}
 FINE_TUNING_LR = 6e-5  # a rate that leaves pre-trained weights what they know
 PAPER_EPOCHS, PAPER_DECAY_EPOCHS = 1000, 1500
 PAPER_DECIDES = ("crop_size", "scale")
@@ -335,7 +338,9 @@ def run_stage(run, stage, name, method="none", teacher=None):
     options = {k: getattr(args, k) for k in OPTIONS if getattr(args, k) is not None}
     channels = teacher[0].channels if teacher else None
     options = options if method != "none" or args.method == "none" else {}
-    method = distill.build_method(method, net.channels, channels, METHODS, **options)
+    widths = (net.width, teacher[0].width if teacher else None)
+    known = (METHODS, widths, len(run.dataset.classes))
+    method = distill.build_method(method, net.channels, channels, *known, **options)
     extra = model.count_parameters(method)
     of = len(run.images(stage))
     adapters = f", {extra:,} more parameters to train" * (extra > 0)
@@ -357,20 +362,22 @@ def start_from(run, stage, net):
 
     A teacher of --teacher-init auto starts from ImageNet weights where they can be had.
     """
-    args, is_teacher = run.args, stage == "teacher"
-    init = args.teacher_init if is_teacher else args.student_init
-    if init == "auto":
-        init = "scratch" if run.dataset.name == "scenes" else f"nvidia/mit-{net.name}"
-    resumed = run.state and run.state["stage"] == stage
-    if resumed:
+    is_teacher = stage == "teacher"
+    init = run.args.teacher_init if is_teacher else run.args.student_init
+    if run.state and run.state["stage"] == stage:
         return run.inits[stage]
+    auto = is_teacher and init == "auto" and run.dataset.name != "scenes"
+    if init == "auto":
+        init = IMAGENET.get(net.name) if auto else "scratch"
     if init != "scratch":
         quiet = contextlib.nullcontext() if run.rank == 0 else contextlib.redirect_stdout(None)
         try:
+            if init is None:
+                raise UserError(f"There are no ImageNet weights of a {net.name}.")
             with quiet:
                 parallel.first_then_others(lambda: model.load_weights(net, init))
         except UserError as e:
-            if args.teacher_init != "auto" or not is_teacher:
+            if not auto:
                 raise
             run.print(
                 f"!!! {e}\n!!! So the teacher starts from SCRATCH. TransKD's teachers start from "
@@ -691,7 +698,7 @@ def get_args(argv=None):
         "--teacher-init",
         default="auto",
         help="scratch, or weights: a file, a folder, a name on the hub; auto: nvidia/mit-TEACHER "
-        "(ImageNet), or scratch if it cannot be had, and for scenes",
+        "or the like (ImageNet), or scratch if it cannot be had, and for scenes",
     )
     p.add_argument("--student-init", default="scratch", help="likewise, without auto")
     p.add_argument("--method", default="transkd-base", help=f"{', '.join(METHODS)}; or a+b")

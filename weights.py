@@ -5,8 +5,10 @@ Other people's weights: reading them from a file, a folder or a hub, and renamin
 
     ours             what model.save writes, or a state dict with our names
     NVlabs           mit_b*.pth, and SegFormer checkpoints (backbone.*, decode_head.*)
-    Hugging Face     SegformerModel, ...ForImageClassification, ...ForSemanticSegmentation; as a
-                     folder, a file (.bin, .safetensors) or a name on the hub (nvidia/mit-b0)
+    PVTv2, LVT       their authors' pvt_v2_b*.pth, named as NVlabs names, and lvt_*.pth.tar
+    Hugging Face     SegformerModel, ...ForImageClassification, ...ForSemanticSegmentation, and the
+                     like of PvtV2; as a folder, a file (.bin, .safetensors) or a name on the hub
+                     (nvidia/mit-b0)
     mmsegmentation   its own MiT (backbone.layers.*); its head is another function and stays out
     TransKD          the authors' release: student.* among adapters, no mean and std, a void class
 
@@ -31,7 +33,8 @@ OURS = ("format", "model", "num_classes", "head_width", "state_dict")  # what is
 # ------------------------------------------------------------------------------------------------
 # names
 
-WRAPPERS = r"^(?:(?:module|_orig_mod|student|backbone|segformer)\.)+"  # in front of the names
+# in front of the names
+WRAPPERS = r"^(?:(?:module|_orig_mod|student|backbone|segformer|pvt_v2)\.)+"
 STUDENT = r"^(?:(?:module|_orig_mod)\.)*student\."  # TransKD: the student among its adapters
 BLOCK = r"encoder.stages.\1.blocks.\2."
 RENAMES = (  # one after the other; the layouts' names do not get in each other's way
@@ -44,6 +47,12 @@ RENAMES = (  # one after the other; the layouts' names do not get in each other'
         r"encoder.stages.\1\3.blocks.\2\4.",
     ),
     (r"^(?:encoder\.layer_norm|norm)\.(\d)\.", r"encoder.stages.\1.norm."),
+    (r"^encoder\.layers\.(\d)\.patch_embedding\.|^(\d)\.0\.", r"encoder.stages.\1\2.patch_embed."),
+    (
+        r"^encoder\.layers\.(\d)\.blocks\.(\d+)\.|^(\d)\.1\.(\d+)\.",
+        r"encoder.stages.\1\3.blocks.\2\4.",
+    ),
+    (r"^encoder\.layers\.(\d)\.layer_norm\.", r"encoder.stages.\1.norm."),
     (r"^stages\.(\d)\.layer_norm\.|^layers\.(\d)\.2\.", r"encoder.stages.\1\2.norm."),
     # what, within a patch embedding or a block
     (r"patch_embed\.projection\.", "patch_embed.proj."),
@@ -51,14 +60,18 @@ RENAMES = (  # one after the other; the layouts' names do not get in each other'
     (r"\.layer_norm_(\d)\.", r".norm\1."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
-    (r"attention\.self\.(q|k|v)(?:uery|ey|alue)\.", r"attn.\1."),
+    (r"attention\.(?:self\.)?(q|k|v)(?:uery|ey|alue)\.", r"attn.\1."),
     (r"attention\.(q|k|v)_proj\.", r"attn.\1."),
     (r"attn\.attn\.in_proj_", "attn.qkv."),
-    (r"attention\.output\.dense\.|attention\.o_proj\.|attn\.attn\.out_proj\.", "attn.proj."),
-    (r"attention\.(?:self\.sr|sequence_reduction\.sequence_reduction)\.", "attn.sr."),
-    (r"attention\.(?:self|sequence_reduction)\.layer_norm\.", "attn.norm."),
+    (r"attention\.(?:output\.dense|o_proj|proj)\.|attn\.attn\.out_proj\.", "attn.proj."),
+    (
+        r"attention\.(?:self\.sr|sequence_reduction\.sequence_reduction|spatial_reduction)\.",
+        "attn.sr.",
+    ),
+    (r"attention\.(?:(?:self|sequence_reduction)\.)?layer_norm\.", "attn.norm."),
+    (r"attn\.(weight|ds)\.weight$", r"attn.\1"),
     (r"\.mlp\.dense(\d)\.", r".mlp.fc\1."),
-    (r"\.(?:mlp\.dwconv\.dwconv|ffn\.layers\.1)\.", ".mlp.dwconv."),
+    (r"\.(?:mlp\.dwconv\.dwconv|mlp\.depconv|ffn\.layers\.1)\.", ".mlp.dwconv."),
     (r"\.ffn\.layers\.0\.", ".mlp.fc1."),
     (r"\.ffn\.layers\.4\.", ".mlp.fc2."),
     # the head
@@ -66,7 +79,14 @@ RENAMES = (  # one after the other; the layouts' names do not get in each other'
     (r"^(?:decode_head\.)?linear_fuse\.(?:conv\.)?(weight)", r"head.fuse.\1"),
     (r"^(?:decode_head\.)?(?:linear_fuse\.bn|batch_norm)\.", "head.norm."),
     (r"^(?:decode_head\.)?linear_pred\.|^decode_head\.classifier\.", "head.classifier."),
+    (r"^neck\.lateral_convs\.(\d)\.conv\.", r"head.laterals.\1."),
+    (r"^neck\.fpn_convs\.(\d)\.conv\.", r"head.smooths.\1."),
+    (r"^head\.scale_heads\.(\d)\.0\.conv\.", r"head.branches.\1.0."),  # every other layer there
+    (r"^head\.scale_heads\.(\d)\.2\.conv\.", r"head.branches.\1.1."),  # is an upsampling
+    (r"^head\.scale_heads\.(\d)\.4\.conv\.", r"head.branches.\1.2."),
+    (r"^head\.conv_seg\.", "head.classifier."),
 )
+RELEASE = r"((module|_orig_mod|student)\.)*(linear_pred|head\.conv_seg)\."  # TransKD's
 
 
 def rename(name):
@@ -124,8 +144,8 @@ def read(source):
     if not any(name.startswith("encoder.stages.0.") for name in state):
         some = ", ".join(list(tensors)[:4]) or "none"
         raise UserError(f"{source}: no SegFormer in a layout that we know; its tensors: {some}")
-    if any(re.match(r"((module|_orig_mod|student)\.)*linear_pred\.", name) for name in tensors):
-        # TransKD's release: images of 512 rows in [0, 1], the 20th class is void
+    if any(re.match(RELEASE, name) for name in tensors):
+        # images of 512 rows in [0, 1], the 20th class is void
         facts |= dict(mean=[0.0] * 3, std=[1.0] * 3, resize=512)
         if len(state["head.classifier.weight"]) == 20:
             facts["void"] = 19
@@ -225,8 +245,8 @@ def folder_facts(folder):
     """Class names, input statistics and size, from config.json and preprocessor_config.json."""
     paths = folder / "config.json", folder / "preprocessor_config.json"
     config, inputs = (read_json(path) if path.exists() else {} for path in paths)
-    if config.get("model_type", "segformer") != "segformer":
-        raise UserError(f"{paths[0]}: a {config['model_type']}, not a segformer")
+    if config.get("model_type", "segformer") not in ("segformer", "pvt_v2"):
+        raise UserError(f"{paths[0]}: a {config['model_type']}, not a segformer or pvt_v2")
     facts = {}
     try:
         facts["heads"] = tuple(config.get("num_attention_heads") or ()) or None
@@ -237,6 +257,7 @@ def folder_facts(folder):
                 facts[ours] = [float(v) for v in inputs.get(theirs) or ()] or None
         size = inputs.get("size") if inputs.get("do_resize", True) else None
         facts["resize"] = size and int(min(size.values()) if isinstance(size, dict) else size)
+        facts |= config.get(FORMAT, {})  # what export.py wrote
     except (TypeError, ValueError, KeyError, AttributeError) as e:
         words = f"{type(e).__name__}: {e}"
         raise UserError(f"{folder}: its config files are not as they should be ({words})") from e

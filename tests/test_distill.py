@@ -71,6 +71,43 @@ def test_cwd_of_a_peaked_map_is_finite():
     assert distill.cwd(s, t).isfinite()
 
 
+@pytest.mark.parametrize("n, ca, cb", [(3, 5, 4), (9, 4, 3), (9, 3, 12), (1, 2, 2), (64, 8, 5)])
+def test_gram_difference_is_that_of_the_gram_matrices(n, ca, cb):
+    """Both forms, value and gradient, against the n x n matrices; one that skips a term is not."""
+    g = torch.Generator().manual_seed(n)
+    a = torch.randn(2, 3, n, ca, generator=g, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(2, 3, n, cb, generator=g, dtype=torch.float64)
+    want = torch.zeros(2, 3, dtype=torch.float64)
+    for i in range(n):
+        for j in range(n):
+            aa, bb = ((x[..., i, :] * x[..., j, :]).sum(-1) for x in (a, b))
+            want = want + (aa - bb) ** 2 / n**2
+    got = distill.gram_difference(a, b)
+    assert got.shape == (2, 3) and torch.allclose(got, want, rtol=1e-12)
+    grads = [torch.autograd.grad(x.sum(), a, retain_graph=True)[0] for x in (got, want)]
+    assert torch.allclose(*grads, rtol=1e-10, atol=1e-12)
+    without = (a.mT @ a).square().sum((-2, -1)) / n**2 + (b.mT @ b).square().sum((-2, -1)) / n**2
+    assert not torch.allclose(without, want, rtol=1e-3)
+    assert distill.gram_difference(a, a).abs().max() < 1e-12
+
+
+def test_gram_difference_ignores_autocast():
+    a, b = torch.randn(2, 1, 40, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = distill.gram_difference(a, b), distill.gram_difference(a[:, :4], b[:, :4])
+    assert low[0].dtype == torch.float32 and torch.equal(low[0], distill.gram_difference(a, b))
+    assert torch.equal(low[1], distill.gram_difference(a[:, :4], b[:, :4]))
+
+
+def test_to_grid_averages_what_is_larger_and_interpolates_what_is_smaller():
+    x = torch.arange(12.0).view(1, 1, 2, 6)
+    assert distill.to_grid(x, (2, 6)).equal(x)
+    assert distill.to_grid(x, (1, 3)).flatten().tolist() == [3.5, 5.5, 7.5]
+    assert distill.to_grid(x, (4, 6)).equal(model.resize(x, (4, 6)))
+    both = distill.to_grid(x, (4, 3))  # taller and narrower
+    assert both.equal(model.resize(x.unflatten(3, (3, 2)).mean(4), (4, 3)))
+
+
 def test_cross_entropy_against_torch():
     logits, labels = torch.randn(2, 5, 8, 8), torch.randint(0, 5, (2, 8, 8))
     labels[0, :3] = 255
@@ -303,10 +340,11 @@ def test_kd_against_loops():
 def test_any_pair_at_any_size(pair, size):
     with torch.device("meta"):
         s, t = (model.build(name, 3) for name in pair)
-        images = torch.empty(2, 3, *size)
+        images, labels = torch.empty(2, 3, *size), torch.empty(2, *size, dtype=torch.uint8)
         for name in METHODS:
-            method = build_method(name, s.channels, t.channels, METHODS)
-            terms = method(s(images), t(images), images, None)
+            known = (METHODS, (s.width, t.width), 3)
+            method = build_method(name, s.channels, t.channels, *known)
+            terms = method(s(images), t(images), images, labels)
             assert all(v.shape == () for v in terms.values())
 
 

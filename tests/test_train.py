@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import write_folder
 from PIL import Image
+from test_weights import nvlabs
 
 import catalog
 import data
@@ -470,6 +471,46 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
         _, errors = child.communicate()
         assert child.returncode == 2
         assert errors.startswith("error: ") and errors.count("\n") == 1 and "p1" in errors
+
+
+def test_an_error_in_two_processes_leaves_none_of_them_waiting(folder, tmp_path):
+    argv = words(folder, tmp_path / "out", "--teacher-init", str(tmp_path / "nothing.pth"))
+    child = command(*argv, processes=2)
+    _, said = child.communicate(timeout=120)
+    assert child.returncode != 0 and "nothing.pth: no such file" in said
+
+
+def test_teacher_from_imagenet_weights(folder, tmp_path, capsys, monkeypatch):
+    """auto: from the hub, here a folder of its kind; its rate is one for fine tuning."""
+    net = model.build("b0", 2)
+    torch.save(nvlabs(net.encoder.state_dict(prefix="encoder."), prefix=""), tmp_path / "b0.pth")
+    asked = []
+
+    def fetch(name):
+        asked.append(name)
+        return tmp_path / "b0.pth"
+
+    monkeypatch.setattr(train.model.weights, "fetch", fetch)
+    argv = words(folder, tmp_path / "out", "--teacher", "b0", "--lr", "0.01", "--log-every", "0")
+    train.main(train.get_args([*argv, "--teacher-iters", "2"]))
+    said = capsys.readouterr().out
+    assert asked == ["nvidia/mit-b0"] and "starts from nvidia/mit-b0" in said
+    n = len(net.encoder.state_dict())
+    assert "SCRATCH" not in said and f"loaded {n} of {len(net.state_dict())} tensors" in said
+    lines = [json.loads(x) for x in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    rates = {line["stage"]: line["lr"] for line in lines if "lr" in line}
+    assert rates["teacher"] < 1e-4 < rates["student"]
+
+
+def test_teacher_of_the_transkd_release(tmp_path):
+    """20 outputs, images without mean and std: distilled, its logits too, into 19 classes."""
+    root = write_folder(tmp_path / "data", classes=19)
+    state = nvlabs(model.build("nano", 20).state_dict(), "student.", "student.")
+    torch.save(state, tmp_path / "release.pth")
+    more = ("--teacher-ckpt", str(tmp_path / "release.pth"), "--method", "transkd-base+kd")
+    metrics = run(root, tmp_path / "out", *more)
+    assert metrics["student"]["miou"] is not None and len(metrics["teacher"]["iou"]) == 19
+    assert model.load(tmp_path / "out/student.pt")[0].num_classes == 19
 
 
 def test_checkpoints_of_another_kind(folder, tmp_path):

@@ -1,0 +1,288 @@
+"""
+Downloads that go on where they were cut, and archives that cannot write outside their folder.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import stat
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from files import UserError, atomic
+
+TRIES = 4  # of a download that gets no further
+PAUSE = 2  # seconds before the second try; twice as long before each further one
+TELL = 5  # seconds between two lines of progress
+BLOCK = 1 << 16  # bytes read at a time: small, so that progress is told on slow lines too
+
+
+def progress(title, total, done=0):
+    """A function tell(bytes so far) that prints how far, how fast and how long still, at times."""
+    start, first, told = time.time(), done, time.time()
+
+    def tell(done):
+        nonlocal told
+        now = time.time()
+        if now - told < TELL:
+            return
+        told, speed = now, (done - first) / (now - start)
+        line = f"{title}: {done / 1e6:.0f} MB"
+        if total:
+            line = f"{title}: {100 * done / total:.0f} %, {done / 1e6:.0f} of {total / 1e6:.0f} MB"
+        line += f", {speed / 1e6:.1f} MB/s"
+        if total and speed:
+            line += f", {(total - done) / speed:.0f} s left"
+        print(line, flush=True)
+
+    return tell
+
+
+def need_space(folder, need, what):
+    """UserError if `need` bytes do not fit on the disk of `folder`, which need not be there yet."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(f"{what} needs {need / 1e9:.3g} GB, {folder} has {free / 1e9:.3g} GB free")
+
+
+# ------------------------------------------------------------------------------------------------
+# downloads
+
+
+class Cut(Exception):
+    """A transfer that did not come to its end; another try may go on from there, or may not."""
+
+    def __init__(self, message, again=True):
+        super().__init__(message)
+        self.again = again
+
+
+def download(url, path, size=None, sha256=None, md5=None):
+    """Fetch a URL into a file, which gets its name when it is whole and its hash is right.
+
+    PATH.part keeps what has come, through cuts, Ctrl-C and kills; the next call goes on from there.
+    A file that is there already, put there by hand perhaps, is checked and kept.
+    size is in bytes; it and the hexadecimal hashes (one, or a tuple of which one must be right) are
+    checked if given. Raises UserError.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"{url}: not downloaded, only http:// and https:// are")
+    path = Path(path)
+    part, note = (path.with_name(path.name + end) for end in (".part", ".part.json"))
+    by_hand = f"fetch it in a browser and put it at {path}"
+    if path.exists():
+        wrong = wrong_file(path, size, sha256, md5)
+        if wrong:
+            raise UserError(f"{path}: {wrong}; remove it and try again, or from {url} {by_hand}")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    most, tries = -1, 0
+    while True:
+        try:
+            fetch(url, part, note, size, checked=bool(sha256 or md5))
+            break
+        except Cut as e:
+            have = part.stat().st_size if part.exists() else 0
+            most, tries = max(most, have), 1 if have > most else tries + 1
+            if tries == TRIES or not e.again:
+                kept = f" ({have / 1e6:.0f} MB of it are kept)" if have else ""
+                raise UserError(f"{url}: {e}{kept}; try again later, or {by_hand}") from e
+            pause = PAUSE * 2 ** (tries - 1)
+            print(f"{path.name}: {e}; trying again in {pause} s", flush=True)
+            time.sleep(pause)
+        except OSError as e:
+            raise UserError(f"cannot write {part}: {e.strerror or e}") from e
+    wrong = wrong_file(part, size, sha256, md5)
+    if wrong:
+        part.unlink()
+    else:
+        os.replace(part, path)
+    note.unlink(missing_ok=True)
+    if wrong:
+        raise UserError(f"{url}: {wrong}; the download is removed: try again, or {by_hand}")
+
+
+def fetch(url, part, note, size, checked):
+    """One try: append to `part` what it lacks, or begin anew if it may be of another file.
+
+    note says of which version and length of the file `part` is the beginning. Where the server
+    tells no version the length has to do, but only if a hash is checked at the end.
+    Raises Cut; UserError if it is not the file that is wanted; OSError if the disk is at fault.
+    """
+    title, have, was = part.name.removesuffix(".part"), 0, {}
+    if part.exists() and note.exists():
+        was = json.loads(note.read_text())
+        if was["url"] == url and was["total"] and (was["version"] or checked):
+            have = part.stat().st_size
+            if have == was["total"]:
+                return
+    headers = {"User-Agent": "segmentation-student"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if was["version"]:
+            headers["If-Range"] = was["version"]
+    with ask(url, headers, part) as reply:
+        if reply.status == 206:
+            total = was.get("total")
+            if reply.headers.get("Content-Range") != f"bytes {have}-{total - 1}/{total}":
+                part.unlink()
+                raise Cut("the file on the server has changed")
+        else:
+            have, total = 0, reply.length  # from Content-Length, None if there is none
+            if reply.headers.get_content_type() == "text/html":  # of a login, or of a hotel
+                raise Cut("a web page in place of the file", again=False)
+            if size and total and total != size:
+                words = "another file by now? Not fetched; look at its page"
+                raise UserError(f"{url}: {total} bytes, expected {size}: {words}")
+            tag, date = reply.headers.get("ETag", ""), reply.headers.get("Last-Modified")
+            part.unlink(missing_ok=True)  # before the note: they must never disagree
+            with atomic(note) as tmp:  # a weak tag, W/"...", does not promise the same bytes
+                version = tag if tag.startswith('"') else date
+                about = {"url": url, "version": version, "total": total}
+                Path(tmp).write_text(json.dumps(about))
+        need_space(part.parent, (total or 0) - have, title)
+        length = f", {total / 1e6:.1f} MB" if total else ""
+        at = f", going on at {have / 1e6:.1f} MB" if have else ""
+        print(f"{title}: from {url}{length}{at}", flush=True)
+        tell = progress(title, total, have)
+        with open(part, "ab") as file:
+            while block := receive(reply):
+                file.write(block)
+                have += len(block)
+                tell(have)
+    if total and have < total:
+        raise Cut(f"the connection was cut at {have} of {total} bytes")
+
+
+def ask(url, headers, part):
+    """The server's reply to a GET. Raises Cut if it does not give the file."""
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
+    except urllib.error.HTTPError as e:
+        if e.code == 416:  # our part does not end within the file
+            part.unlink()
+            raise Cut("the file on the server has another length than it had") from e
+        again = e.code in (408, 429) or e.code >= 500
+        raise Cut(f"the server says {e.code} {e.reason}", again) from e
+    except (OSError, http.client.HTTPException) as e:
+        raise Cut(f"no connection ({getattr(e, 'reason', e) or type(e).__name__})") from e
+
+
+def receive(reply):
+    """The next bytes, none at the end. Raises Cut."""
+    try:
+        return reply.read(BLOCK)
+    except (OSError, http.client.HTTPException) as e:
+        raise Cut(f"the connection was cut ({e or type(e).__name__})") from e
+
+
+def wrong_file(path, size=None, sha256=None, md5=None):
+    """What is wrong with a file, in words, or None: its size in bytes, its hexadecimal hashes."""
+    if size and path.stat().st_size != size:
+        return f"{path.stat().st_size} bytes, expected {size}"
+    for name, want in (("sha256", sha256), ("md5", md5)):
+        found = hashlib.new(name, usedforsecurity=False)
+        if want:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    found.update(block)
+            wants = (want,) if isinstance(want, str) else want
+            if found.hexdigest() not in wants:
+                return f"its {name} is {found.hexdigest()}, expected {' or '.join(wants)}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------
+# archives
+
+
+def unpack(archive, folder, only=None):
+    """Unpack a zip, tar or tar.gz into a folder: all of it, or nothing.
+
+    only: "*/CamVid" takes what lies in that folder of the archive, without the path to it.
+    Raises UserError, before a byte is written, if a name leads out of the folder or is taken, if
+    there are links or devices, or if the disk is too small; later if the archive is damaged.
+    """
+    archive, folder = Path(archive), Path(folder)
+    tmp = folder / f"{archive.name}.unpacking"
+    try:
+        with open_archive(archive) as box:
+            members, top = choose(list_members(box), archive, only)
+            names = {path.relative_to(top).parts[:1] for _, path, _ in members} - {()}
+            for name in sorted(names):
+                if os.path.lexists(folder.joinpath(*name)):
+                    raise UserError(f"{folder.joinpath(*name)} is in the way: remove it first")
+            total = sum(size for _, _, size in members)
+            need_space(folder, total, f"{archive}, unpacked,")
+            shutil.rmtree(tmp, ignore_errors=True)  # of a run that was killed
+            tell, done = progress(f"unpack {archive.name}", total), 0
+            safe = isinstance(box, tarfile.TarFile) and hasattr(tarfile, "data_filter")
+            for member, _, size in members:
+                box.extract(member, tmp, **({"filter": "data"} if safe else {}))
+                done += size
+                tell(done)
+            while isinstance(box, tarfile.TarFile) and box.fileobj.read(BLOCK):
+                pass  # to the end: there lies the checksum of a tar.gz
+        for path in sorted((tmp / top).iterdir()):
+            os.rename(path, folder / path.name)
+        print(f"{archive.name}: {len(members)} entries unpacked into {folder}", flush=True)
+    except UserError:
+        raise
+    except Exception as e:  # what reading a damaged archive may raise has no end
+        if getattr(e, "errno", None):
+            raise UserError(f"cannot unpack {archive} into {folder}: {e.strerror or e}") from e
+        why = e or type(e).__name__
+        raise UserError(f"{archive}: damaged ({why}); remove it and fetch it again") from e
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def open_archive(path):
+    """A ZipFile or a TarFile, by the first bytes of the file."""
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start == b"PK":
+        return zipfile.ZipFile(path)
+    return tarfile.open(path, "r:gz" if start == b"\x1f\x8b" else "r:")
+
+
+def list_members(box):
+    """[(member, its name as it is written, whether it is a plain file or folder, size in bytes)]"""
+    if isinstance(box, tarfile.TarFile):
+        return [(m, m.name, m.isreg() or m.isdir(), m.size) for m in box.getmembers()]
+    kinds = (0, stat.S_IFREG, stat.S_IFDIR)  # 0: packed where files have no such modes
+    return [
+        (m, m.filename, stat.S_IFMT(m.external_attr >> 16) in kinds, m.file_size)
+        for m in box.infolist()
+    ]
+
+
+def choose(members, archive, only):
+    """[(member, path, size)] of those to unpack, and the folder of the archive that `only` means.
+
+    Raises UserError if any member of the archive, chosen or not, is not safe. Links are refused
+    wherever they lead: chains of them have fooled the filters of tarfile, and no data set has any.
+    """
+    chosen, tops, depth = [], set(), len(only.split("/")) if only else 0
+    for member, name, plain, size in members:
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or path.parts and path.parts[0].endswith(":"):
+            raise UserError(f"{archive}: refused, {name!r} would lie outside the folder")
+        if not plain:
+            raise UserError(f"{archive}: refused, {name!r} is a link or a device")
+        top = PurePosixPath(*path.parts[:depth])
+        if not only or top.match(only):
+            chosen.append((member, path, size))
+            tops.add(top)
+    if len(tops) != 1:
+        raise UserError(f"{archive}: {len(tops)} folders {only or ''} in it, expected 1")
+    return chosen, tops.pop()

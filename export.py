@@ -1,0 +1,354 @@
+"""
+Write a checkpoint in a form that other programs open.
+
+    python export.py --ckpt out/student.pt --to hf --out-dir D           # Hugging Face transformers
+    python export.py --ckpt out/student.pt --to onnx --mask --out-dir D  # ONNX Runtime
+    python export.py --ckpt out/student.pt --to pt2 --out-dir D          # torch.export
+
+What was written is opened again by the program it is for, and compared with the net on random
+images of two sizes. It gets to --out-dir only if the two agree.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.export import Dim
+
+import catalog
+import files
+import model
+import weights
+from augment import normalise
+from distill import IGNORE
+from files import UserError
+
+MIN_SIDE = 64  # with less, a map is one pixel high, which torch.export takes for a case of its own
+TRACED = (2, 96, 160)  # (B, H, W) of the images that a graph is traced with
+COMPARED = ((1, 97, 131), (2, 160, 128))  # and of those that every export is compared on
+# By how much of the largest logit two nets may differ. Measured: 2e-6 where only the order of sums
+# differs, 5e-6 to 1e-5 in transformers, whose norms have another eps (see hf_configs).
+TOLERANCE, HF_TOLERANCE = 1e-4, 1e-3
+TIES = 1e-4  # and in how many of the pixels two masks
+
+# ------------------------------------------------------------------------------------------------
+# is it the same function?
+
+
+@torch.no_grad()
+def compare(net, other, tolerance, mean_std=None):
+    """How far `other` is from `net`, in words; UserError if too far.
+
+    other: a function of normalised images that returns logits; or, with mean_std, one of uint8
+    photos (B, H, W, 3) that returns class ids (B, H, W).
+    """
+    rng = torch.Generator().manual_seed(0)
+    limit, worst = TIES if mean_std else tolerance, 0
+    what = "of the pixels" if mean_std else "of the largest logit"
+    for B, H, W in COMPARED:
+        if mean_std:
+            images = torch.randint(256, (B, H, W, 3), dtype=torch.uint8, generator=rng)
+            x = normalise(images.permute(0, 3, 1, 2).float() / 255, *mean_std)
+            want = model.resize(net(x).logits, (H, W)).argmax(dim=1)
+        else:
+            images = torch.randn(B, 3, H, W, generator=rng)
+            want = net(images).logits
+        got = other(images)
+        if got.shape != want.shape:
+            raise UserError(f"discarded: it gives {tuple(got.shape)}, not {tuple(want.shape)}")
+        differ = got != want if mean_std else (got - want).abs() / want.abs().max()
+        error = (differ.double().mean() if mean_std else differ.max()).item()
+        if not error <= limit:  # nan is not
+            raise UserError(f"discarded: it differs by {error:.1e} {what}, allowed {limit:.0e}")
+        worst = max(worst, error)
+    return f"largest difference on random images of {len(COMPARED)} sizes: {worst:.1e} {what}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Hugging Face
+
+NAMES = (  # ours, theirs: those of the checkpoints on the hub, which every transformers reads
+    (r"^encoder\.stages\.(\d)\.patch_embed", r"segformer.encoder.patch_embeddings.\1"),
+    (r"(patch_embeddings\.\d)\.norm", r"\1.layer_norm"),
+    (r"^encoder\.stages\.(\d)\.norm", r"segformer.encoder.layer_norm.\1"),
+    (r"^encoder\.stages\.(\d)\.blocks", r"segformer.encoder.block.\1"),
+    (r"\.norm([12])\.", r".layer_norm_\1."),
+    (r"\.attn\.q\.", ".attention.self.query."),
+    (r"\.attn\.sr\.", ".attention.self.sr."),
+    (r"\.attn\.norm\.", ".attention.self.layer_norm."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc([12])\.", r".mlp.dense\1."),
+    (r"\.mlp\.dwconv\.", ".mlp.dwconv.dwconv."),
+    (r"^head\.linears\.(\d)", r"decode_head.linear_c.\1.proj"),
+    (r"^head\.fuse", "decode_head.linear_fuse"),
+    (r"^head\.norm", "decode_head.batch_norm"),
+    (r"^head\.classifier", "decode_head.classifier"),
+)
+
+
+def hf_state(state):
+    """A state dict of ours in Hugging Face's names, keys and values apart."""
+    out = {}
+    for name, tensor in state.items():
+        for ours, theirs in NAMES:
+            name = re.sub(ours, theirs, name)
+        if ".attn.kv." in name:
+            key, value = tensor.chunk(2)
+            out[name.replace(".attn.kv.", ".attention.self.key.")] = key
+            out[name.replace(".attn.kv.", ".attention.self.value.")] = value
+        else:
+            out[name] = tensor
+    return out
+
+
+def hf_configs(net, facts, mean_std):
+    """What goes into config.json and into preprocessor_config.json."""
+    dims, heads, depths, _ = model.MODELS[net.name]
+    classes = [*facts["classes"], "void"][: net.num_classes]
+    config = dict(
+        architectures=["SegformerForSemanticSegmentation"],
+        model_type="segformer",
+        num_channels=3,
+        num_encoder_blocks=4,
+        hidden_sizes=dims,
+        num_attention_heads=heads,
+        depths=depths,
+        decoder_hidden_size=net.width,
+        sr_ratios=model.SR_RATIOS,
+        mlp_ratios=[model.MLP_RATIO] * 4,
+        patch_sizes=(7, 3, 3, 3),
+        strides=(4, 2, 2, 2),
+        layer_norm_eps=1e-6,  # ours in the blocks; transformers up to 5.23 has 1e-5 all the same
+        semantic_loss_ignore_index=IGNORE,
+        id2label=dict(enumerate(classes)),
+        label2id={name: k for k, name in enumerate(classes)},
+    )
+    config[weights.FORMAT] = {k: v for k, v in facts.items() if v is not None}  # for our own load
+    processor = dict(
+        image_processor_type="SegformerImageProcessor",
+        do_resize=bool(facts["resize"]),
+        resample=2,  # bilinear, as in eval.prepare
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=mean_std[0],
+        image_std=mean_std[1],
+        do_reduce_labels=False,
+    )
+    if facts["resize"]:
+        processor["size"] = dict(shortest_edge=facts["resize"])  # 4.x: with use_fast=True only
+    return config, processor
+
+
+def write_hf(net, facts, folder, mean_std):
+    """A folder for from_pretrained, compared in transformers if that is installed."""
+    from safetensors.torch import load_file, save
+
+    trees = hf_configs(net, facts, mean_std)
+    for name, tree in zip(("config.json", "preprocessor_config.json"), trees):
+        (folder / name).write_text(json.dumps(tree, indent=2) + "\n")
+    state, path = hf_state(net.state_dict()), folder / "model.safetensors"
+    path.write_bytes(save(state, metadata={"format": "pt"}))  # transformers asks for the format
+    if not installed("transformers"):
+        again = load_file(path)
+        if again.keys() != state.keys() or any(not again[k].equal(state[k]) for k in state):
+            raise UserError("discarded: the weights read back are not those that were written")
+        return "the weights read back are the same; to compare logits: pip install transformers"
+    from transformers import SegformerForSemanticSegmentation as Theirs
+
+    theirs, info = Theirs.from_pretrained(folder, output_loading_info=True)
+    if any(info.values()):
+        raise UserError(f"discarded: transformers reports {info}")
+    return compare(net, lambda images: theirs(images).logits, HF_TOLERANCE)
+
+
+# ------------------------------------------------------------------------------------------------
+# one graph of tensors: ONNX and torch.export
+
+
+class Deployed(nn.Module):
+    """The net with the constants of its head multiplied out: the same function, fewer operations.
+
+    forward: normalised images (B, 3, H, W) -> logits (B, K, ceil(H/4), ceil(W/4)); or, with
+    mean_std, photos (B, H, W, 3) -> class ids (B, H, W), both uint8.
+    """
+
+    def __init__(self, net, mean_std=None):
+        super().__init__()
+        head, norm = net.head, net.head.norm
+        self.encoder, self.classifier, self.mask = net.encoder, head.classifier, bool(mean_std)
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        fuse = (scale[:, None] * head.fuse.weight.flatten(1)).chunk(4, dim=1)  # stages 4 to 1
+        pairs = list(zip(head.linears, reversed(fuse)))
+        self.weights = nn.ParameterList((w @ fc.weight)[:, :, None, None] for fc, w in pairs)
+        bias = norm.bias - scale * norm.running_mean
+        self.bias = nn.Parameter(bias + sum(w @ fc.bias for fc, w in pairs))
+        for name, values in zip(("mean", "std"), mean_std or ()):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
+
+    def forward(self, images):
+        if self.mask:
+            images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        (first, *rest), _ = self.encoder(images)
+        x = F.conv2d(first, self.weights[0], self.bias)
+        for feature, w in zip(rest, self.weights[1:]):
+            x = x + interpolate(F.conv2d(feature, w), first.shape[2:])
+        logits = self.classifier(F.relu(x))
+        if not self.mask:
+            return logits
+        return interpolate(logits, images.shape[2:]).argmax(dim=1).to(torch.uint8)
+
+
+def interpolate(x, size):
+    """model.resize, but for its question whether the sizes differ, which a tracer cannot answer."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def trace(net, mean_std):
+    """An ExportedProgram of `net` for any batch, height and width, and its dynamic_shapes."""
+    B, H, W = TRACED
+    module = Deployed(net, mean_std).eval().requires_grad_(False)
+    images = torch.zeros(B, H, W, 3, dtype=torch.uint8) if mean_std else torch.zeros(B, 3, H, W)
+    at = 1 if mean_std else 2
+    free = {0: Dim("batch"), at: Dim("height", min=MIN_SIDE), at + 1: Dim("width", min=MIN_SIDE)}
+    program = torch.export.export(module, (images,), dynamic_shapes=(free,), strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    return program, (free,)
+
+
+def about(facts):
+    """What the user of a graph has to know, as JSON strings by name."""
+    known = ("classes", "palette", "mean", "std", "resize")
+    return {name: json.dumps(facts[name]) for name in known if facts.get(name) is not None}
+
+
+def write_onnx(net, facts, folder, mean_std):
+    """model.onnx with its weights inside, compared in ONNX Runtime."""
+    import onnxruntime
+
+    program, shapes = trace(net, mean_std)
+    program = torch.onnx.export(
+        program,
+        dynamo=True,
+        dynamic_shapes=shapes,  # for the names
+        input_names=["images"],
+        output_names=["ids" if mean_std else "logits"],
+        verbose=False,
+    )
+    program.model.metadata_props.update(about(facts))
+    path = folder / "model.onnx"
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images):
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    return compare(net, run, TOLERANCE, mean_std)
+
+
+def write_pt2(net, facts, folder, mean_std):
+    """model.pt2, compared after loading it again."""
+    program, _ = trace(net, mean_std)
+    buffer = io.BytesIO()  # torch.export.save to a full disk is a RuntimeError, write_bytes is not
+    torch.export.save(program, buffer, extra_files=about(facts))
+    path = folder / "model.pt2"
+    path.write_bytes(buffer.getvalue())
+    return compare(net, torch.export.load(path).module(), TOLERANCE, mean_std)
+
+
+# ------------------------------------------------------------------------------------------------
+# the command
+
+FORMS = dict(  # --to: how to write it, the packages that takes, how to open it
+    hf=(
+        write_hf,
+        ["safetensors"],
+        'SegformerForSemanticSegmentation.from_pretrained("{0}"), images from '
+        'AutoImageProcessor.from_pretrained("{0}")',
+    ),
+    onnx=(
+        write_onnx,
+        ["onnx", "onnxscript", "onnxruntime"],
+        'onnxruntime.InferenceSession("{}/model.onnx").run(None, {{"images": images}})',
+    ),
+    pt2=(write_pt2, [], 'torch.export.load("{}/model.pt2").module()(images)'),
+)
+
+
+def installed(name):
+    return importlib.util.find_spec(name) is not None
+
+
+@contextlib.contextmanager
+def staging(out):
+    """Yield a new folder. At the end its files move to `out`, each in one step; or they vanish."""
+    here = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())  # same disk
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=here) as tmp:
+        yield Path(tmp)
+        out.mkdir(parents=True, exist_ok=True)
+        for path in sorted(Path(tmp).iterdir()):
+            os.replace(path, out / path.name)
+
+
+def get_args():
+    p = argparse.ArgumentParser(
+        description="Write a checkpoint in a form that other programs open", allow_abbrev=False
+    )
+    p.add_argument("--ckpt", required=True, help="as of eval.py: a run's, or anybody's SegFormer")
+    p.add_argument(
+        "--to",
+        required=True,
+        choices=list(FORMS),
+        help="hf: a folder for Hugging Face transformers, to share or to train on; onnx: one file "
+        "for ONNX Runtime and phones; pt2: one file for torch.export.load, without this code. "
+        "onnx and pt2 take any batch and any size of 64x64 pixels and more",
+    )
+    p.add_argument("--out-dir", required=True, help="the folder to write to; other files stay")
+    p.add_argument(
+        "--mask",
+        action="store_true",
+        help="onnx, pt2: from photos to class ids in one graph. Photos (B, H, W, 3), uint8 RGB, "
+        "as decoders, PIL and NumPy hold them, so that no app transposes; ids (B, H, W), uint8. "
+        "Without it: normalised float images (B, 3, H, W) to logits (B, K, H/4, W/4)",
+    )
+    return p.parse_args()
+
+
+def main(args):
+    write, packages, how = FORMS[args.to]
+    out = Path(args.out_dir)
+    if args.mask and args.to == "hf":
+        raise UserError("--mask is for onnx and pt2: a Hugging Face folder has an image processor")
+    if args.to == "onnx" and torch.__version__ < (2, 7):
+        raise UserError("--to onnx needs torch 2.7: 2.6 cannot trace a resize to any size")
+    missing = [name for name in packages if not installed(name)]
+    if missing:
+        raise UserError(f"--to {args.to} needs: pip install {' '.join(missing)}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out-dir {out}: a file, not a folder")
+    net, facts = model.load(args.ckpt)
+    facts = catalog.complete(facts, net.num_classes)
+    mean_std = (facts["mean"], facts["std"]) if args.mask or args.to == "hf" else None
+    with staging(out) as tmp:
+        said = write(net, facts, tmp, mean_std)
+        sizes = {path.name: path.stat().st_size / 1e6 for path in sorted(tmp.iterdir())}
+    print(f"{out}: {', '.join(sizes)}, {sum(sizes.values()):.2f} MB")
+    print(said)
+    if facts["resize"] and args.to != "hf":
+        print(f"it wants images with a shorter side of {facts['resize']} pixels, as in training")
+    print(f"open it with {how.format(out)}")
+
+
+if __name__ == "__main__":
+    cli_args = get_args()
+    files.cli(main, cli_args)

@@ -1,0 +1,94 @@
+"""
+Fine-grained manifold distillation (Hao et al., "Learning Efficient Vision Transformers via
+Fine-Grained Manifold Distillation", NeurIPS 2022, arXiv 2107.01378): who resembles whom.
+
+A stage puts out B * N tokens, N positions of B images. Scaled to length 1, the rows of F (B*N, C),
+their cosines F F^T say how they lie to each other, in a table of (B*N)^2 numbers whatever C is. So
+student and teacher are compared without a projection, and there is nothing to train:
+
+    mean of (F_s F_s^T - F_t F_t^T)^2
+
+The whole table is large. Three cuts through it stand for it:
+
+    patches    the positions of one image with each other         B tables of N x N
+    samples    the images of the batch at one position            N tables of B x B
+    random     K tokens drawn from all of them                    1 table of K x K
+
+    L = CE + 4 * patches + 0.1 * samples + 0.2 * random
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distill import gram_difference, to_grid
+from files import UserError
+from model import to_tokens
+
+
+def cuts(s, t, rows):
+    """Tokens (B, N, Cs), (B, N, Ct) -> three pairs of row matrices: patches, samples, random.
+
+    The random rows, `rows` of them or all there are, are the same in student and teacher.
+    """
+    drawn = torch.randperm(s.shape[0] * s.shape[1], device=s.device)[:rows]
+    return (
+        (s, t),  # (B, N, C)
+        (s.transpose(0, 1), t.transpose(0, 1)),  # (N, B, C)
+        (s.flatten(0, 1)[drawn], t.flatten(0, 1)[drawn]),  # (K, C)
+    )
+
+
+class Manifold(nn.Module):
+    """Cosines between tokens of a stage, compared with the teacher's: patches, samples, random.
+
+    manifold_stages: the stages (1 to 4) whose maps are compared, student's i with teacher's i; the
+    mean over them is taken. The teacher's map is brought to the student's grid. (The authors pair
+    eight blocks of image classifiers; for segmentation no choice has been published.)
+    manifold_patch_weight, manifold_sample_weight, manifold_random_weight: 0 leaves a term out. The
+    defaults are those of the published command. They belong to its code, which averages over the
+    entries of a table; the paper has squared Frobenius norms, sums over them, which are N^2, B^2
+    and K^2 times larger. manifold_rows: K.
+
+    That command has no cross-entropy, but the teacher's soft labels at temperature 1. Here
+    the cross-entropy stays, and `--method manifold+kd` adds the soft labels. The two terms that
+    look across images see those that a process has at a time; of one image `samples` is 0.
+    """
+
+    needs_teacher, needs_logits = True, False
+
+    def __init__(
+        self,
+        student_channels,
+        teacher_channels,
+        manifold_stages=(4,),
+        manifold_patch_weight=4.0,
+        manifold_sample_weight=0.1,
+        manifold_random_weight=0.2,
+        manifold_rows=192,
+    ):
+        super().__init__()
+        if len(set(manifold_stages)) < len(manifold_stages):
+            raise UserError("--manifold-stages names one stage twice")
+        self.weights = manifold_patch_weight, manifold_sample_weight, manifold_random_weight
+        if not any(self.weights):
+            raise UserError("manifold, all three weights 0: there is nothing to learn from")
+        if not manifold_random_weight and manifold_rows != 192:
+            raise UserError("manifold, --manifold-rows: the random term has weight 0")
+        self.stages, self.rows = tuple(manifold_stages), manifold_rows
+
+    def forward(self, student, teacher, images, labels):
+        terms = {}
+        for i in self.stages:
+            s = student.features[i - 1].float()
+            t = to_grid(teacher.features[i - 1].float(), s.shape[2:])
+            s, t = (F.normalize(to_tokens(x), dim=2) for x in (s, t))  # (B, N, C)
+            names = ("patches", "samples", "random")
+            for name, weight, pair in zip(names, self.weights, cuts(s, t, self.rows)):
+                if weight:
+                    mean = gram_difference(*pair).mean() / len(self.stages)
+                    terms[name] = terms.get(name, 0) + weight * mean
+        return terms
+
+
+METHODS = {"manifold": Manifold}

@@ -1,0 +1,148 @@
+"""
+TaT, the target-aware transformer (Lin et al., "Knowledge Distillation via the Target-aware
+Transformer", CVPR 2022, arXiv 2205.10793): all positions of the student for each of the teacher's.
+
+Comparing two feature maps position by position assumes that both networks say the same thing at the
+same place. TaT lets attention look for it, and has the student's map rebuild the teacher's:
+
+    q = norm(conv(s))    v = norm(conv(s))    k = norm(conv(t))      1x1, to the teacher's channels
+    L(q, k, v, t) = mean of (softmax(q k^T) v - t)^2                 t itself, not its embedding
+
+The similarities q k^T have a row and a column for each position: (H * W)^2 numbers. Two cheaper
+views of the same maps are used instead, one for detail, one for context:
+
+    patch groups    the map is cut into patches; p patches are stacked on the channel axis, and
+                    positions are compared within such a group: linear in H * W
+    anchor points   the map is average-pooled to a fixed number of points, and these are compared
+
+    L = CE + 1.6 * L(patch groups) + 0.64 * L(anchor points)
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+from distill import full_precision, to_grid
+from files import UserError
+from model import to_tokens
+
+
+def embedding(c_in, c_out):
+    """1x1 convolution and affine instance norm.
+
+    The authors' layer is a batch norm, but it is given the images one by one: the same function.
+    """
+    conv = nn.Conv2d(c_in, c_out, 1, bias=False)
+    return nn.Sequential(conv, nn.InstanceNorm2d(c_out, eps=1e-5, affine=True))
+
+
+def attend(q, k, v, axis):
+    """Student values, mixed by their similarity to the teacher: three (G, P, D) -> (G, P, D).
+
+    No 1 / sqrt(D): the norms make for large similarities and an attention near a hard choice.
+    """
+    similarity = q @ k.mT  # (G, P, P): a row for each student position, a column for the teacher's
+    if axis == "student":
+        similarity = similarity.mT
+    return similarity.softmax(dim=2) @ v
+
+
+def patch_groups(x, patch, group):
+    """Map (B, C, H, W) -> [(B * g, h * w, p * C), ...]: patches of h x w, p of them stacked.
+
+    There are n = H // patch rows of patches (one at least), h = H // n high, and columns likewise:
+    `patch` on large maps, less than twice that on small ones. Left over rows, columns are dropped.
+    Patches are grouped in row-major order, `group` at a time; what remains is a smaller group.
+    """
+    B, C, H, W = x.shape
+    n, m = max(1, H // patch), max(1, W // patch)
+    h, w = H // n, W // m
+    x = x[:, :, : n * h, : m * w].reshape(B, C, n, h, m, w)
+    x = x.permute(0, 2, 4, 3, 5, 1).reshape(B, n * m, h * w, C)
+    rest, groups = n * m % group, []
+    for part in x.split([n * m - rest, rest], dim=1):
+        if part.shape[1]:
+            part = part.unflatten(1, (-1, min(group, part.shape[1])))  # (B, g, p, h * w, C)
+            groups.append(part.transpose(2, 3).flatten(3).flatten(0, 1))
+    return groups
+
+
+def anchor_points(x, anchors):
+    """Map (B, C, H, W) -> [(B, A, C)]: averages over windows, about `anchors` of them per side.
+
+    A window's side is that nearest to H / anchors (W / anchors), and 1 at least.
+    """
+    window = [max(1, (n + anchors // 2) // anchors) for n in x.shape[2:]]
+    return [to_tokens(F.avg_pool2d(x, window))]
+
+
+class TaT(nn.Module):
+    """Patch-group and anchor-point terms between the `decoded` maps of student and teacher.
+
+    The student's map s is average-pooled to half its size, rounded up (stride 8); the teacher's map
+    t is brought to the same grid by `to_grid`. All three embeddings are trained, the teacher's too.
+
+    tat_axis: whose positions the softmax runs over. "teacher": sum_j softmax_j(q_i k_j) v_j is
+    compared with t_i, as in the code that the authors released. "student": as their text explains
+    it, sum_j softmax_j(k_i q_j) v_j: only so does position i of the teacher choose among
+    those of the student, and only so can a student whose positions are permuted be matched.
+    tat_patch, tat_group: positions along a patch's side, and how many patches make a group.
+    tat_anchors: anchor points per side; 32 leave every position of a map below 48x48 an anchor of
+    its own. All three are as published for ResNet-18 on VOC, on maps of 129x129.
+    tat_patch_weight, tat_anchor_weight: that run's weights are 0.1 and 0.1 * 0.4 with batches of
+    16, but its code divides a cross-entropy that is a mean already by the batch size once more.
+    Beside an ordinary mean they are 16 times larger: 1.6 and 0.64.
+
+    The authors' teacher runs in training mode; ours does not, as in all methods here.
+    """
+
+    needs_teacher = needs_logits = True
+
+    def __init__(
+        self,
+        student_channels,
+        teacher_channels,
+        widths,
+        tat_axis="teacher",
+        tat_patch=8,
+        tat_group=4,
+        tat_anchors=32,
+        tat_patch_weight=1.6,
+        tat_anchor_weight=0.64,
+    ):
+        super().__init__()
+        for idle, flag in (
+            (not tat_patch_weight and not tat_anchor_weight, "both weights 0"),
+            (not tat_patch_weight and tat_patch != 8, "--tat-patch"),
+            (not tat_patch_weight and tat_group != 4, "--tat-group"),
+            (not tat_anchor_weight and tat_anchors != 32, "--tat-anchors"),
+        ):
+            if idle:
+                raise UserError(f"tat, {flag}: there is nothing for it to act on")
+        self.axis, self.patch, self.group = tat_axis, tat_patch, tat_group
+        self.anchors = tat_anchors
+        self.patch_weight, self.anchor_weight = tat_patch_weight, tat_anchor_weight
+        student, teacher = widths
+        self.query, self.value = embedding(student, teacher), embedding(student, teacher)
+        self.key = embedding(teacher, teacher)
+
+    def mismatch(self, q, k, v, t):
+        """mean of (attention - t)^2 over all groups; each argument is a list of (G, P, D)."""
+        errors = [(attend(*qkv, self.axis) - g).square().sum() for *qkv, g in zip(q, k, v, t)]
+        return sum(errors) / sum(g.numel() for g in t)
+
+    def forward(self, student, teacher, images, labels):
+        with full_precision(student.decoded):
+            size = [(n + 1) // 2 for n in student.decoded.shape[2:]]
+            s, t = (to_grid(out.decoded.float(), size) for out in (student, teacher))
+            maps = self.query(s), self.key(t), self.value(s), t  # (B, teacher's width, h, w)
+            terms = {}
+            if self.patch_weight:
+                groups = (patch_groups(x, self.patch, self.group) for x in maps)
+                terms["patches"] = self.patch_weight * self.mismatch(*groups)
+            if self.anchor_weight:
+                points = (anchor_points(x, self.anchors) for x in maps)
+                terms["anchors"] = self.anchor_weight * self.mismatch(*points)
+        return terms
+
+
+METHODS = {"tat": TaT}

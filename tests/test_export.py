@@ -1,0 +1,297 @@
+"""Exports against the programs that open them, and what a failed one leaves behind."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import picture
+from PIL import Image
+from test_model import fill
+from test_weights import nvlabs
+
+import catalog
+import eval as evaluation
+import export
+import files
+import model
+from model import IMAGENET_MEAN, IMAGENET_STD
+
+FACTS = dict(
+    classes=[f"thing {k}" for k in range(5)],
+    palette=[[10 * k, 0, 255] for k in range(5)],
+    mean=list(IMAGENET_MEAN),
+    std=list(IMAGENET_STD),
+    resize=None,
+)
+SIZES = ((2, 96, 160), (1, 97, 131), (3, 64, 70))  # only the first is traced
+
+
+def checkpoint(folder, name="nano", **facts):
+    """A file whose every tensor matters, the batch norm's included."""
+    model.save(folder / f"{name}.pt", fill(model.build(name, 5)), **FACTS | facts)
+    return folder / f"{name}.pt"
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, argv)])
+    export.main(export.get_args())
+
+
+@torch.no_grad()
+def assert_same_logits(path, other, sizes=SIZES):
+    net, _ = model.load(path)
+    for B, H, W in sizes:
+        x = torch.randn(B, 3, H, W)
+        want, got = net(x).logits, other(x)
+        assert got.shape == want.shape
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@torch.no_grad()
+def assert_same_masks(path, other):
+    """Against the way of eval.py, photo by photo."""
+    net, facts = model.load(path)
+    for B, H, W in SIZES:
+        photos = torch.randint(256, (B, H, W, 3), dtype=torch.uint8)
+        x = torch.cat([evaluation.prepare(photo.numpy(), facts) for photo in photos])
+        want, got = evaluation.predict(net, x, (H, W)).argmax(dim=1), other(photos)
+        assert got.dtype == torch.uint8 and got.shape == want.shape
+        assert len(want.unique()) > 1 and (got != want).double().mean() < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------
+# Hugging Face
+
+
+def hub_names(depths):
+    """The tensors of a SegFormer on the hub, written down apart from export.NAMES."""
+    head, encoder = "decode_head", "segformer.encoder"
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = {f"{head}.linear_fuse.weight"} | {f"{head}.batch_norm.{word}" for word in norm}
+    both = [f"{head}.classifier"]
+    for i, depth in enumerate(depths):
+        both += [f"{encoder}.patch_embeddings.{i}.{word}" for word in ("proj", "layer_norm")]
+        both += [f"{encoder}.layer_norm.{i}", f"{head}.linear_c.{i}.proj"]
+        words = ["layer_norm_1", "layer_norm_2", "mlp.dense1", "mlp.dense2", "mlp.dwconv.dwconv"]
+        words += [f"attention.self.{word}" for word in ("query", "key", "value")]
+        words += ["attention.output.dense"]
+        words += ["attention.self.sr", "attention.self.layer_norm"] if i < 3 else []
+        both += [f"{encoder}.block.{i}.{j}.{word}" for j in range(depth) for word in words]
+    return names | {f"{name}.{word}" for name in both for word in ("weight", "bias")}
+
+
+def test_hf_weights_have_the_hubs_names_and_our_bits(tmp_path, monkeypatch, capsys):
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    monkeypatch.setattr(export, "installed", lambda name: name != "transformers")
+    run(monkeypatch, "--ckpt", checkpoint(tmp_path), "--to", "hf", "--out-dir", tmp_path / "hf")
+    assert "pip install transformers" in capsys.readouterr().out
+    theirs = load_file(tmp_path / "hf/model.safetensors")
+    ours = model.load(tmp_path / "nano.pt")[0].state_dict()
+    assert theirs.keys() == hub_names((1, 1, 1, 1))
+    mapped = export.hf_state(ours)
+    assert all(torch.equal(theirs[name], mapped[name]) for name in mapped)
+    kv = ours["encoder.stages.2.blocks.0.attn.kv.weight"]
+    pair = [
+        theirs[f"segformer.encoder.block.2.0.attention.self.{x}.weight"] for x in ("key", "value")
+    ]
+    assert torch.equal(torch.cat(pair), kv)
+    assert torch.equal(theirs["decode_head.linear_fuse.weight"], ours["head.fuse.weight"])
+
+
+@pytest.mark.parametrize("name", ["nano", "b0"])
+def test_hf_in_transformers(name, tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    path = checkpoint(tmp_path, name)
+    run(monkeypatch, "--ckpt", path, "--to", "hf", "--out-dir", tmp_path / "hf")
+    said = capsys.readouterr().out
+    assert "largest difference" in said and "MB" in said and "from_pretrained" in said
+    theirs, info = transformers.SegformerForSemanticSegmentation.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not any(info.values())
+    assert_same_logits(path, lambda x: theirs(x).logits)
+    config = theirs.config
+    assert config.id2label == dict(enumerate(FACTS["classes"]))
+    assert config.label2id["thing 3"] == 3 and config.semantic_loss_ignore_index == 255
+
+
+@pytest.mark.parametrize("layout", ["ours", "NVlabs", "TransKD"])
+def test_round_trip(layout, tmp_path, monkeypatch):
+    """From any layout to a Hugging Face folder and back: the same bits, and the facts."""
+    pytest.importorskip("safetensors")
+    facts = dict(dataset="folder", short_side=64, resize=96, dtype="bfloat16", void=None)
+    path = checkpoint(tmp_path, **facts)
+    if layout != "ours":
+        net = fill(model.build("nano", 20))
+        prefix, head = dict(NVlabs=("backbone.", "decode_head."), TransKD=("student.",) * 2)[layout]
+        torch.save(nvlabs(net.state_dict(), prefix, head), path)
+    net, facts = model.load(path)
+    run(monkeypatch, "--ckpt", path, "--to", "hf", "--out-dir", tmp_path / "hf")
+    again, read = model.load(tmp_path / "hf")
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    filled = catalog.complete(facts, net.num_classes)
+    assert read == filled and (layout != "TransKD" or (read["void"], read["mean"]) == (19, [0] * 3))
+    run(monkeypatch, "--ckpt", tmp_path / "hf", "--to", "hf", "--out-dir", tmp_path / "again")
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize("resize, tolerance", [(None, 1e-5), (32, 0.02)])
+def test_hf_processor_prepares_images_as_we_do(resize, tolerance, tmp_path, monkeypatch):
+    """To 0.02 if it resizes: one of 255 steps, for torchvision rounds otherwise than PIL."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    path = checkpoint(tmp_path, resize=resize)
+    run(monkeypatch, "--ckpt", path, "--to", "hf", "--out-dir", tmp_path / "hf")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    image, label = picture(0, height=64, width=80)
+    label[:2] = 255
+    got = processor(Image.fromarray(image), Image.fromarray(label), return_tensors="pt")
+    want = evaluation.prepare(image, FACTS, resize)
+    assert got["pixel_values"].shape == want.shape == (1, 3, *((32, 40) if resize else (64, 80)))
+    assert (got["pixel_values"] - want).abs().max() < tolerance
+    assert got["labels"].unique().tolist() == [0, 1, 2, 255]
+
+
+# ------------------------------------------------------------------------------------------------
+# graphs
+
+
+def test_deployed_is_the_same_function():
+    net = fill(model.build("nano", 5)).double().eval()
+    x = torch.randn(2, 3, 65, 97, dtype=torch.float64)
+    assert torch.allclose(export.Deployed(net)(x), net(x).logits, atol=1e-12)
+
+
+@pytest.fixture
+def onnxruntime():
+    if torch.__version__ < (2, 7):
+        pytest.skip("torch 2.7 is needed")
+    return [pytest.importorskip(name) for name in ("onnx", "onnxscript", "onnxruntime")][-1]
+
+
+def open_onnx(onnxruntime, path):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+def test_onnx(onnxruntime, tmp_path, monkeypatch, capsys):
+    path, out = checkpoint(tmp_path, resize=64), tmp_path / "a" / "b"
+    run(monkeypatch, "--ckpt", path, "--to", "onnx", "--out-dir", out)
+    said = capsys.readouterr().out
+    assert "largest difference" in said and "shorter side of 64" in said
+    assert [p.name for p in out.iterdir()] == ["model.onnx"]
+    session, other = open_onnx(onnxruntime, out / "model.onnx")
+    assert_same_logits(path, other, (*SIZES, (2, 32, 33)))  # smaller than promised even
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert images.shape == ["batch", 3, "height", "width"] and logits.name == "logits"
+    about = session.get_modelmeta().custom_metadata_map
+    assert {key: json.loads(about[key]) for key in FACTS} == FACTS | dict(resize=64)
+    assert str(export.__file__).encode() not in (out / "model.onnx").read_bytes()
+
+
+def test_onnx_mask_by_the_command(onnxruntime, tmp_path):
+    path = checkpoint(tmp_path)
+    argv = [export.__file__, "--ckpt", path, "--to", "onnx", "--mask", "--out-dir", tmp_path / "o"]
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "of the pixels" in done.stdout and "open it with" in done.stdout
+    session, other = open_onnx(onnxruntime, tmp_path / "o" / "model.onnx")
+    assert session.get_inputs()[0].type == "tensor(uint8)"
+    assert_same_masks(path, other)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_pt2(mask, tmp_path, monkeypatch, capsys):
+    path = checkpoint(tmp_path)
+    flags = ["--mask"] if mask else []
+    run(monkeypatch, "--ckpt", path, "--to", "pt2", "--out-dir", tmp_path / "o", *flags)
+    assert "largest difference" in capsys.readouterr().out
+    about = dict(classes="", palette="", mean="", std="")
+    program = torch.export.load(tmp_path / "o" / "model.pt2", extra_files=about)
+    assert {key: json.loads(about[key]) for key in about} == {key: FACTS[key] for key in about}
+    (assert_same_masks if mask else assert_same_logits)(path, program.module())
+    assert str(export.__file__).encode() not in (tmp_path / "o" / "model.pt2").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------
+# what goes wrong
+
+
+def test_other_files_stay(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    out = tmp_path / "hf"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "config.json").write_text("old")
+    run(monkeypatch, "--ckpt", checkpoint(tmp_path), "--to", "hf", "--out-dir", out)
+    names = ["config.json", "model.safetensors", "notes.txt", "preprocessor_config.json"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert (out / "notes.txt").read_text() == "mine"
+    assert json.loads((out / "config.json").read_text())["model_type"] == "segformer"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failed_comparison_leaves_nothing(there, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    path, out = checkpoint(tmp_path), tmp_path / "new" / "hf"
+    if there:
+        out.mkdir(parents=True)
+        (out / "config.json").write_text("old")
+    monkeypatch.setattr(export, "HF_TOLERANCE", 1e-9)
+    with pytest.raises(files.UserError, match="discarded: it differs by"):
+        run(monkeypatch, "--ckpt", path, "--to", "hf", "--out-dir", out)
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*"))
+    assert left == (["nano.pt", "new", "new/hf", "new/hf/config.json"] if there else ["nano.pt"])
+    assert not there or (out / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("mean_std", [None, (FACTS["mean"], FACTS["std"])])
+def test_compare_finds_what_differs(mean_std):
+    net = fill(model.build("nano", 5)).eval()
+    good = export.Deployed(net, mean_std)
+    assert "largest difference" in export.compare(net, good, 1e-4, mean_std)
+    for factor in (1.01, float("nan")):
+        bad = export.Deployed(net, mean_std)
+        bad.weights[2].data *= factor
+        with pytest.raises(files.UserError, match="discarded: it differs"):
+            export.compare(net, bad, 1e-4, mean_std)
+    with pytest.raises(files.UserError, match="discarded: it gives"):
+        export.compare(net, lambda x: good(x)[:, 1:], 1e-4, mean_std)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--ckpt", "nowhere.pt", "--to", "pt2"], "nowhere.pt: no such file"),
+        (["--ckpt", "text.pt", "--to", "pt2"], "not a checkpoint"),
+        (["--ckpt", "nano.pt", "--to", "pt2", "--out-dir", "text.pt"], "a file, not a folder"),
+        (["--ckpt", "nano.pt", "--to", "hf", "--mask"], "--mask is for onnx and pt2"),
+    ],
+)
+def test_mistakes(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path)
+    (tmp_path / "text.pt").write_text("text")
+    with pytest.raises(files.UserError, match=message):
+        run(monkeypatch, "--out-dir", "out", *argv)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["nano.pt", "text.pt"]
+
+
+@pytest.mark.parametrize("form, packages", [("hf", "safetensors"), ("onnx", "onnx onnxscript")])
+def test_missing_packages_are_named(form, packages, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.7.0"))
+    monkeypatch.setattr(export, "installed", lambda name: name not in packages.split())
+    with pytest.raises(files.UserError, match=f"--to {form} needs: pip install {packages}$"):
+        run(monkeypatch, "--ckpt", checkpoint(tmp_path), "--to", form, "--out-dir", tmp_path / "o")
+
+
+def test_onnx_and_torch_2_6(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.6.0+cpu"))
+    with pytest.raises(files.UserError, match="--to onnx needs torch 2.7"):
+        run(monkeypatch, "--ckpt", checkpoint(tmp_path), "--to", "onnx", "--out-dir", "o")
