@@ -1,0 +1,124 @@
+"""Every method in the loop: its flags, ten steps, a resumed run, bfloat16, two processes."""
+
+import inspect
+import json
+import math
+import re
+
+import pytest
+import torch
+from conftest import write_folder
+from test_train import command, run, same, weights, words
+
+import methods
+import model
+import train
+
+EVERY = [name for name in methods.METHODS if name != "none"]
+NOT_FLAGS = {"variant", "embed_alpha", "widths", "classes", "embeds"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A data set and a teacher for all tests."""
+    place = tmp_path_factory.mktemp("methods")
+    write_folder(place / "data")
+    torch.manual_seed(0)
+    model.save(place / "teacher.pt", model.build("nano", 3), dataset="folder")
+    return place
+
+
+def flags(place, method, *more):
+    return "--teacher-ckpt", str(place / "teacher.pt"), "--method", method, *more
+
+
+def steps(out):
+    """The log's records of training steps."""
+    records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [record for record in records if "lr" in record]
+
+
+def options(name):
+    """What a method lets one choose, with its defaults."""
+    known = inspect.signature(methods.METHODS[name]).parameters.values()
+    return {p.name: p.default for p in known if p.default is not p.empty}
+
+
+def test_every_option_of_every_method_is_a_flag_and_every_flag_an_option():
+    found = {}
+    for name in methods.METHODS:
+        found |= {k: v for k, v in options(name).items() if k not in NOT_FLAGS}
+    assert found.keys() == methods.FLAGS.keys()
+    parsed = vars(train.get_args([]))
+    for name, default in found.items():
+        assert parsed[name] is None  # so that the method's own default holds
+        default = default[0] if isinstance(default, tuple) else default
+        told = re.search(r"\((\S+)\)$", methods.FLAGS[name][1])
+        if told:
+            assert told[1] == (default if isinstance(default, str) else f"{default:g}"), name
+
+
+def test_every_method_has_its_paper_and_is_listed(capsys):
+    assert methods.PAPERS.keys() == methods.METHODS.keys()
+    train.main(train.get_args(["--method", "list", "--student", "nano", "--teacher", "b0"]))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said[2:]] == [*methods.METHODS]
+    assert "features, embeddings" in said[3] and methods.PAPERS["transkd-base"] in said[3]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_ten_steps_and_a_resumed_run(place, tmp_path, monkeypatch, name):
+    """The same bits whether a run is interrupted or not; queues and drawn rows included."""
+    more = flags(place, name, "--max-iters", "10", "--save-every", "0", "--log-every", "0")
+    metrics = run(place / "data", tmp_path / "whole", *more)
+    assert metrics["student"]["miou"] is not None
+    values = [v for record in steps(tmp_path / "whole") for v in record.values()]
+    assert len(steps(tmp_path / "whole")) == 10
+    assert all(math.isfinite(v) for v in values if isinstance(v, float))
+    save = train.save_state
+
+    class Stop(Exception):
+        pass
+
+    def save_and_die(run_, at=None, done=0, parts=None):
+        save(run_, at, done, parts)
+        if done == 5:
+            raise Stop
+
+    monkeypatch.setattr(train, "save_state", save_and_die)
+    with pytest.raises(Stop):
+        run(place / "data", tmp_path / "parts", *more)
+    monkeypatch.undo()
+    run(place / "data", tmp_path / "parts", *more, "--resume")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert weights(tmp_path / "whole").keys() == model.build("nano", 3).state_dict().keys()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_bfloat16(place, tmp_path, name):
+    """Finite terms near those of float32: the nets alone are less precise."""
+    logs = []
+    for dtype in ("float32", "bfloat16"):
+        more = flags(place, name, "--max-iters", "1", "--log-every", "0", "--dtype", dtype)
+        run(place / "data", tmp_path / dtype, *more)
+        logs.append(steps(tmp_path / dtype)[0])
+    for term, value in logs[0].items():
+        if isinstance(value, float) and term != "img_s":
+            assert logs[1][term] == pytest.approx(value, rel=0.3, abs=1e-3), term
+
+
+def test_two_processes(place, tmp_path):
+    """All methods at once: as of one process, but for terms that look across the images of one."""
+    across = ("manifold/samples", "manifold/random", "c2vkd/graph", "cirkd/")
+    logs = []
+    for n in (1, 2):
+        argv = words(place / "data", tmp_path / str(n), *flags(place, "+".join(EVERY)))
+        child = command(*argv, "--max-iters", "2", "--log-every", "0", processes=n)
+        _, errors = child.communicate()
+        assert child.returncode == 0, errors
+        logs.append(steps(tmp_path / str(n))[0])
+    compared = [t for t in logs[0] if "/" in t and not t.startswith(across)]
+    assert {t.split("/")[0] for t in compared} == set(EVERY) - {"cirkd"}
+    for term in compared:
+        assert logs[1][term] == pytest.approx(logs[0][term], rel=1e-3, abs=1e-6), term
+    assert all(math.isfinite(v) for v in logs[1].values() if isinstance(v, float))
