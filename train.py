@@ -28,76 +28,26 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import augment
 import catalog
-import cnn
 import data
 import distill
 import eval as evaluation
 import files
 import flops
-import methods
 import model
 import parallel
 from files import UserError
-
-# What a first run on each data set should use. Flags win over the recipe, the recipe over these.
-COMMON = dict(
-    student="b0",
-    teacher="b2",
-    alone=False,
-    max_iters=20_000,
-    batch_size=16,
-    crop_size=[480],
-    scale=[0.5, 2.0],
-    colour=1.0,
-    lr=6e-4,
-    warmup=0.05,
-    weight_decay=0.01,
-    clip=1.0,
-    class_weights="none",
+from settings import (
+    FINE_TUNING_LR,
+    IMAGENET,
+    PAPER_DECAY_EPOCHS,
+    PAPER_EPOCHS,
+    build_method,
+    check_method,
+    command_line,
+    get_args,
+    resolve,
+    settings,
 )
-# the teacher learns from 800 drawn scenes, the student from 20 of them: what a teacher is good for
-SCENES = dict(student="nano", teacher="b0", student_images=20, alone=True, max_iters=900)
-SCENES |= dict(crop_size=[96, 160], batch_size=8, lr=3e-3, scale=[0.75, 1.33])
-STREET = dict(crop_size=[768], batch_size=8, max_iters=80_000)
-DEFAULTS = {
-    "scenes": COMMON | SCENES,
-    "camvid": COMMON | dict(crop_size=[352, 480]),
-    "nyuv2": COMMON,
-    "folder": COMMON,
-    "cityscapes": COMMON | STREET,
-    "acdc": COMMON | STREET,
-    "voc2012": COMMON,
-    "ade20k": COMMON | dict(max_iters=80_000),
-    "cocostuff164k": COMMON | dict(max_iters=80_000),
-    "cocostuff10k": COMMON,
-}
-# TransKD as released. Beyond these flags: whole images, resized to a shorter side of 512, flipped
-# and shifted by up to 2 pixels; RGB in [0, 1] without mean and std; labels, loss and score at a
-# quarter of the size; weight decay on everything; lr * (1 - epoch / 1500) over 1000 epochs.
-PAPER = dict(batch_size=2, teacher_batch_size=8, lr=6e-5, warmup=0.0, clip=0.0, colour=0.0)
-PAPER |= dict(class_weights="paper", csf_norm="batch", protocol="paper")
-# where there are ImageNet weights, on the hub or in torchvision
-IMAGENET = {f"b{n}": f"nvidia/mit-b{n}" for n in range(6)} | cnn.MODELS
-IMAGENET |= {f"pvt_v2_b{n}": f"OpenGVLab/pvt_v2_b{n}" for n in range(6)}
-FINE_TUNING_LR = 6e-5  # a rate that leaves pre-trained weights what they know
-PAPER_EPOCHS, PAPER_DECAY_EPOCHS = 1000, 1500
-PAPER_DECIDES = ("crop_size", "scale")
-# smallest and largest value of the flags that are numbers
-LIMITS = dict.fromkeys(
-    """max_iters teacher_iters batch_size teacher_batch_size accumulate student_images
-    eval_batch_size""".split(),
-    (1, 10**9),
-)
-LIMITS |= dict.fromkeys(
-    """lr teacher_lr weight_decay clip colour seed eval_every workers save_every log_every
-    cache_gb""".split(),
-    (0, 10**9),
-)
-LIMITS |= dict(warmup=(0, 1), ema=(0, 0.99999)) | methods.limits()
-# flags that may change when a run is resumed; all others may not
-FREE = """out_dir data_dir cache cache_dir cache_gb resume workers device compile eval_every
-eval_batch_size save_every log_every""".split()
-
 
 # ------------------------------------------------------------------------------------------------
 # the pieces of a step
@@ -248,26 +198,6 @@ def open_run(args):
     return run
 
 
-def settings(args):
-    return {name: value for name, value in vars(args).items() if name not in FREE}
-
-
-def command_line(args):
-    """The command that says in full what was chosen by default."""
-    words = ["python train.py"]
-    for name, value in settings(args).items():
-        if name in PAPER_DECIDES and args.recipe == "paper":
-            continue
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, list):
-            words += [flag, *map(str, value)]
-        elif isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif value is not None:
-            words += [flag, str(value)]
-    return " ".join(words)
-
-
 def resume(run):
     """Read last.pt: the results of finished stages and the state of the interrupted one."""
     path, log = run.out / "last.pt", run.out / "log.jsonl"
@@ -351,19 +281,6 @@ def run_stage(run, stage, name, method="none", teacher=None):
         model.save(path, net, **run.facts)
     save_state(run)
     return freeze(net, run.device), run.facts
-
-
-def build_method(args, name, net, teacher=None):
-    """The method of this name between two nets, with those of its flags that were given."""
-    options = methods.chosen(args) if name != "none" or args.method == "none" else {}
-    return methods.build(name, net, teacher, **options)
-
-
-def check_method(args, teacher=None):
-    """UserError for flags and nets that do not go together: before any training, not after it."""
-    with torch.device("meta"):
-        teacher = teacher or model.build(args.teacher, 2)
-        build_method(args, args.method, model.build(args.student, 2), teacher)
 
 
 def start_from(run, stage, net):
@@ -650,130 +567,6 @@ def pictures(run, nets, titles, rows=4, width=320):
 
 # ------------------------------------------------------------------------------------------------
 # the command
-
-
-def add_run_flags(p):
-    """Where a run lives, on what it runs, and what it tells."""
-    yes_or_no = argparse.BooleanOptionalAction
-    p.add_argument("--out-dir", help="(out/DATASET-STUDENT-METHOD)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
-    p.add_argument("--cache", choices=("on", "off"), default="on", help="decode the files once")
-    p.add_argument("--cache-dir", help="where to (.cache beside the data)")
-    p.add_argument("--cache-gb", type=float, help="no larger cache than this (half the free disk)")
-    p.add_argument("--workers", type=int, help="processes that prepare batches; 0: the main one")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of autocast")
-    p.add_argument("--compile", action=yes_or_no, default=False, help="torch.compile the training")
-    p.add_argument("--protocol", choices=("full", "paper"), help="of scoring, see eval.py")
-    p.add_argument("--eval-every", type=int, default=0, help="also score every N steps")
-    p.add_argument("--eval-batch-size", type=int, default=8)
-    p.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
-    p.add_argument("--log-every", type=float, default=5, help="seconds between lines")
-
-
-def get_args(argv=None):
-    p = argparse.ArgumentParser(
-        description="Train a teacher if there is none, and distil it into a student.",
-        epilog="Defaults that depend on the data set: DEFAULTS in train.py.",
-        allow_abbrev=False,
-    )
-    yes_or_no = argparse.BooleanOptionalAction
-    # what
-    p.add_argument("--dataset", default="scenes", help=f"one of {', '.join(catalog.DATASETS)}")
-    p.add_argument("--data-dir", help="the folder that holds it (scenes are drawn, and need none)")
-    p.add_argument("--student", help=f"one of {', '.join(model.MODELS)}")
-    p.add_argument(
-        "--teacher",
-        help=f"likewise, or {', '.join(cnn.MODELS)}; one that finds what the student would not",
-    )
-    p.add_argument(
-        "--teacher-ckpt",
-        help="a trained one, so that none is trained: teacher.pt of a run, anybody's SegFormer, "
-        "torchvision's DeepLabV3 or FCN: a file, a folder, a name on the Hugging Face hub, "
-        "torchvision/NAME",
-    )
-    p.add_argument(
-        "--teacher-init",
-        default="auto",
-        help="scratch, or weights: a file, a folder, a name on the hub, torchvision/NAME; auto: "
-        "ImageNet's, nvidia/mit-TEACHER or of torchvision, or scratch if they cannot be had, and "
-        "for scenes",
-    )
-    p.add_argument("--student-init", default="scratch", help="likewise, without auto")
-    p.add_argument(
-        "--method", default="transkd-base", help=f"{', '.join(methods.METHODS)}; a+b; list"
-    )
-    p.add_argument("--alone", action=yes_or_no, help="also train the student by itself")
-    p.add_argument("--student-images", type=int, help="only N of the training images (all)")
-    p.add_argument("--recipe", choices=("default", "paper"), default="default", help="see PAPER")
-    methods.add_flags(p)
-    # how long, how fast
-    p.add_argument("--max-iters", type=int, help="steps of each stage, at most")
-    p.add_argument("--teacher-iters", type=int, help="steps of the teacher, if fewer")
-    p.add_argument("--batch-size", type=int, help="images a step, of all processes together")
-    p.add_argument("--teacher-batch-size", type=int, help="likewise, for the teacher")
-    p.add_argument("--accumulate", type=int, default=1, help="parts of a batch that is too big")
-    p.add_argument("--lr", type=float, help="peak learning rate; 6e-5 suits pre-trained weights")
-    p.add_argument(
-        "--teacher-lr", type=float, help=f"(--lr; from weights {FINE_TUNING_LR} at most)"
-    )
-    p.add_argument("--warmup", type=float, help="share of the steps in which the rate rises")
-    p.add_argument("--weight-decay", type=float, help="of AdamW")
-    p.add_argument("--clip", type=float, help="largest gradient norm; 0: no clipping")
-    p.add_argument("--ema", type=float, default=0.0, help="keep a running average, e.g. 0.999")
-    p.add_argument("--class-weights", choices=("none", "paper"), help="paper: rare classes more")
-    # augmentation
-    p.add_argument("--crop-size", type=int, nargs="+", help="height and width, or one for both")
-    p.add_argument("--scale", type=float, nargs=2, help="range of the random resize before it")
-    p.add_argument("--colour", type=float, help="strength of the colour changes; 0: none")
-    add_run_flags(p)
-    return p.parse_args(argv)
-
-
-def resolve(args):
-    """Fill in what was not given, from recipe and data set, and check what can be checked."""
-    if args.dataset not in catalog.DATASETS:
-        names = ", ".join(catalog.DATASETS)
-        raise UserError(f"unknown dataset '{args.dataset}': choose one of {names}")
-    for name in PAPER_DECIDES if args.recipe == "paper" else ():
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} has no effect with --recipe paper")
-    defaults = dict(dtype="float32")
-    defaults |= DEFAULTS[args.dataset] | (PAPER if args.recipe == "paper" else {})
-    defaults.setdefault("protocol", "full")
-    if args.recipe == "paper":
-        defaults.pop("max_iters")  # counted in epochs: open_run knows how long one is
-    if model.get_device(args.device).type == "cuda":
-        bf16 = torch.cuda.get_device_capability()[0] >= 8  # older ones only emulate it
-        defaults |= dict(dtype="bfloat16" if bf16 else "float16")
-    if "transkd" not in args.method or args.feature_loss == "none":
-        defaults.pop("csf_norm", None)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.out_dir = args.out_dir or f"out/{args.dataset}-{args.student}-{args.method}"
-    for name, known in ((args.student, model.MODELS), (args.teacher, model.NAMES)):
-        if name not in known:
-            raise UserError(f"unknown model '{name}': choose one of {', '.join(known)}")
-    if not 1 <= len(args.crop_size) <= 2 or min(args.crop_size) < 32:
-        raise UserError(f"--crop-size {args.crop_size}: one or two numbers, at least 32 each")
-    if args.batch_size == args.accumulate and max(args.crop_size) < 64:
-        raise UserError("one image at a time needs a --crop-size of 64, for its batch norms")
-    if not 0 < args.scale[0] <= args.scale[1]:
-        raise UserError(f"--scale {args.scale}: two positive numbers, the smaller first")
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {value}: must be {low} to {high}")
-    args.teacher_batch_size = args.teacher_batch_size or args.batch_size
-    if args.teacher_ckpt or args.method == "none":
-        return  # what there is to check of a teacher that is there, find_teacher does
-    if args.teacher.startswith("deeplabv3") and args.teacher_batch_size == args.accumulate:
-        words = "cannot learn from one image at a time: --teacher-batch-size 2 at least"
-        raise UserError(f"{args.teacher} normalises a map of 1x1 over the batch and {words}")
-    check_method(args)
 
 
 def main(args):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import c2vkd
+import methods
 import model
 import train
 from c2vkd import C2VKD, AttentionPool, graph, kl, pdd
@@ -437,14 +438,13 @@ def test_it_takes_the_place_of_cross_entropy():
     """As published. --c2vkd-ce adds it, other methods keep it; in a+b they do not bring it back."""
     net, seen = model.build("nano", 5), output(TEACHER, (4, 8, 8, 8), (64, 64))
     images, labels = torch.randn(2, 3, 64, 64), some_labels((64, 64))
-    methods = train.methods.METHODS
     for spec, options, terms in (
         ("c2vkd", {}, {"pdd", "global", "graph"}),
         ("c2vkd", dict(c2vkd_ce=True), {"ce", "pdd", "global", "graph"}),
         ("c2vkd+kd", {}, {"c2vkd/pdd", "c2vkd/global", "c2vkd/graph", "kd/kd"}),
         ("kd", {}, {"ce", "kd"}),
     ):
-        method = build_method(spec, net.channels, TEACHER, methods, **options)
+        method = build_method(spec, net.channels, TEACHER, methods.METHODS, **options)
         assert set(train.Learner(net, method)(images, labels, seen)) == terms
     assert set(train.Learner(net, NoDistillation(None, None))(images, labels, None)) == {"ce"}
 

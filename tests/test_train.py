@@ -18,6 +18,7 @@ import catalog
 import data
 import eval as evaluation
 import files
+import methods
 import model
 import train
 from files import UserError
@@ -242,7 +243,7 @@ def test_accumulation_is_the_batch_in_parts(folder):
         run_ = train.open_run(args)
         torch.manual_seed(0)
         net = model.build("nano", 3, drop_path=0, dropout=0).eval()
-        learner = train.Learner(net, train.methods.METHODS["none"](None, None))
+        learner = train.Learner(net, methods.METHODS["none"](None, None))
         batches = train.make_batches(run_, run_.train, 4, 0, 1)
         for _ in range(accumulate):
             terms = train.loss_terms(run_, learner, learner, None, next(batches))
@@ -376,7 +377,7 @@ def test_two_processes_equal_one(folder, tmp_path, method):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_name(folder, tmp_path, monkeypatch):
-    real = train.methods.METHODS["kd"].forward
+    real = methods.METHODS["kd"].forward
 
     def broken(self, *a):
         broken.calls += 1
@@ -385,7 +386,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_name(folder, tmp_path, monkeyp
         }
 
     broken.calls = 0
-    monkeypatch.setattr(train.methods.METHODS["kd"], "forward", broken)
+    monkeypatch.setattr(methods.METHODS["kd"], "forward", broken)
     with pytest.raises(UserError, match="student: the loss term 'kd' was not finite at step 2"):
         run(folder, tmp_path / "out", "--method", "kd")
     assert not (tmp_path / "out" / "student.pt").exists()
