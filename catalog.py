@@ -54,6 +54,9 @@ def colours(n):
     )
 
 
+VOC_COLOURS = ((0, 0, 0), *colours(20))
+
+
 def label_table(ids, ignored=()):
     """ids: the value of each class in the files, or their number if that is 0, 1, 2, ..."""
     table = np.full(256, -1, np.int16)
@@ -96,6 +99,7 @@ def complete(facts, num_classes, dataset=None):
     """facts with names and colours of its classes, where somebody else's checkpoint has none."""
     n = num_classes - (facts["void"] is not None)
     known = {19: [(name, colour) for name, _, colour in CITYSCAPES], 150: with_colours(ADE20K)}
+    known[21] = list(zip(VOC, VOC_COLOURS))
     if dataset:
         names, palette = dataset.classes, dataset.palette
     else:
@@ -217,7 +221,7 @@ def open_voc2012(root):
         labels = files_in(root / "SegmentationClassAug", (".png",))
         stems = [Path(line.split()[-1]).stem for line in read_lines(lists / "trainaug.txt")]
         pairs["train"] = pair_up(images, labels, stems, lists / "trainaug.txt")
-    return Dataset("voc2012", VOC, ((0, 0, 0), *colours(20)), label_table(21, [IGNORE]), pairs)
+    return Dataset("voc2012", VOC, VOC_COLOURS, label_table(21, [IGNORE]), pairs)
 
 
 def open_ade20k(root):

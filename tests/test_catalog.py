@@ -177,6 +177,25 @@ def test_voc2012(tmp_path):
         assert seen(dataset, "val") == {0, 1, 20, 255}
 
 
+@pytest.mark.parametrize(
+    "n, void, name, colour",
+    [
+        (19, None, "road", (128, 64, 128)),
+        (20, 19, "road", (128, 64, 128)),
+        (21, None, "background", (0, 0, 0)),
+        (150, None, "wall", catalog.colours(150)[0]),
+        (7, None, "class 0", catalog.colours(7)[0]),
+    ],
+)
+def test_names_where_a_checkpoint_has_none(n, void, name, colour):
+    facts = dict(classes=None, palette=None, void=void)
+    filled = catalog.complete(facts, n)
+    assert len(filled["classes"]) == len(filled["palette"]) == n - (void is not None)
+    assert filled["classes"][0] == name
+    assert filled["palette"][0] == list(colour)
+    assert catalog.complete(dict(facts, classes=["x"] * n), n)["classes"] == ["x"] * n
+
+
 def test_ade20k(tmp_path):
     dataset = catalog.open_dataset("ade20k", ade20k(tmp_path))
     assert len(dataset.pairs["train"]) == 3 and len(dataset.pairs["val"]) == 2
