@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 import scenes
 from classes import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, COCO_STUFF_UNUSED, NYU40, VOC
 from distill import IGNORE
-from files import UserError
+from files import UserError, some
 from sources import SOURCES, how_to_get
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -334,8 +334,8 @@ def pair_up(images, labels, stems, source):
     for what, found in (("image", images), ("label", labels)):
         missing = [s for s in stems if s not in found]
         if missing:
-            some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-            raise UserError(f"{source}: {len(missing)} of {len(stems)} have no {what}: {some}")
+            n, of = len(missing), len(stems)
+            raise UserError(f"{source}: {n} of {of} have no {what}: {some(missing)}")
     return [(s, images[s], labels[s]) for s in stems]
 
 

@@ -17,7 +17,7 @@ import catalog
 import mistakes
 from catalog import files_in, in_parallel, open_image
 from distill import IGNORE, paper_weights
-from files import UserError
+from files import UserError, some
 
 # what turns a picture upright, by its EXIF orientation
 TURNS = dict(zip(range(2, 9), [Image.Transpose(k) for k in (0, 3, 1, 5, 4, 6, 2)]))
@@ -165,8 +165,8 @@ def tell(how_sure, found):
 def report(split, files, dataset, in_split):
     """Print what a split holds and what is wrong; returns the mistakes that single files show."""
     sizes = sorted({seen.size for seen in files if seen.size})
-    some = mistakes.some([f"{w}x{h}" for h, w in sizes], 4)
-    print(f"{split}: {len(files)} images, {len(sizes)} size(s): {some or 'none readable'}")
+    shown = some([f"{w}x{h}" for h, w in sizes], 4) or "none readable"
+    print(f"{split}: {len(files)} images, {len(sizes)} size(s): {shown}")
     wrong = [seen.error for seen in files if seen.error]
     print("\n".join(wrong[:10] + ["..."] * (len(wrong) > 10)) or "  every pair is readable")
     alike = {}  # words -> the pairs that show this mistake
@@ -211,7 +211,7 @@ def same_images(pairs):
     if twins:
         found.append(
             f"{len(twins)} images of train are in val under another name, byte for byte the same: "
-            + mistakes.some(twins)
+            + some(twins)
         )
     return found
 
@@ -222,5 +222,4 @@ def report_spare_files(root, dataset):
     for folder in ("images", "labels"):
         spare = sorted(files_in(root / folder).keys() - named) if (root / folder).is_dir() else []
         if spare:
-            some = mistakes.some(spare)
-            print(f"{len(spare)} files in {folder}/ are in no split: {some}")
+            print(f"{len(spare)} files in {folder}/ are in no split: {some(spare)}")

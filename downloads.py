@@ -190,15 +190,21 @@ def wrong_file(path, size=None, sha256=None, md5=None):
     if size and path.stat().st_size != size:
         return f"{path.stat().st_size} bytes, expected {size}"
     for name, want in (("sha256", sha256), ("md5", md5)):
-        found = hashlib.new(name, usedforsecurity=False)
         if want:
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    found.update(block)
+            found = digest(path, name)
             wants = (want,) if isinstance(want, str) else tuple(want)
-            if not found.hexdigest().startswith(wants):
-                return f"its {name} is {found.hexdigest()}, expected {' or '.join(wants)}"
+            if not found.startswith(wants):
+                return f"its {name} is {found}, expected {' or '.join(wants)}"
     return None
+
+
+def digest(path, name="sha256"):
+    """The hexadecimal hash of a file, read a block at a time."""
+    found = hashlib.new(name, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------

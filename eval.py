@@ -217,7 +217,8 @@ def evaluate(
             p = predict(net, x.to(device), y.shape[1:], **views).argmax(dim=1).to(torch.uint8)
         mine = [parts[i] if parts else "" for i in indices]
         for name in set(mine):
-            at, part = [m == name for m in mine], counts[names.index(name)]
+            at = [m == name for m in mine] if parts else slice(None)  # all, and no copy
+            part = counts[names.index(name)]
             part[:K] += confusion(p[at], y[at], K)
             part[K:] += boundary_counts(p[at], y[at], K)
         for i, ids in zip(indices, p.cpu().numpy() if save else ()):
@@ -227,7 +228,8 @@ def evaluate(
         dist.all_reduce(counts)
     n = len(facts["classes"])
     counts = counts.cpu()
-    metrics = scores(counts.sum(0)[:K], counts.sum(0)[K:], n)
+    total = counts.sum(0)
+    metrics = scores(total[:K], total[K:], n)
     if parts:
         each = {name: scores(part[:K], part[K:], n) for name, part in zip(names, counts)}
         metrics["parts"] = {k: v | dict(images=parts.count(k)) for k, v in each.items()}

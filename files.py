@@ -15,6 +15,12 @@ class UserError(Exception):
     """A mistake the user can mend: shown as one line, exit code 2, no traceback."""
 
 
+def some(names, n=5):
+    """The first n of them for a message, with "..." if there are more."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:n]) + " ..." * (len(names) > n)
+
+
 def cli(main, args):
     """Run a script's main; a UserError becomes one line on stderr and exit code 2."""
     try:

@@ -84,7 +84,8 @@ def rows(args):
         yield row
         if args.method:
             options = {} if args.csf_norm is None else dict(csf_norm=args.csf_norm)
-            cost, _ = with_method(args.method, name, args.teacher, args, **options)
+            shape = (args.num_classes, args.size)
+            cost, _ = with_method(args.method, name, args.teacher, *shape, **options)
             label = f"{name} + {args.method} from {args.teacher} (training only)"
             yield dict(name=label) | cost
 
@@ -100,30 +101,30 @@ class Watched:
         return getattr(self.out, field)
 
 
-def with_method(spec, student, teacher, args, **options):
+def with_method(spec, student, teacher, num_classes, size, **options):
     """(parameters and GMACs of a student and its training wrapper, what that takes of the teacher).
 
-    args: num_classes and size, (H, W) of the image.
+    size: (H, W) of the image.
     """
     with torch.device("meta"):
-        image = torch.empty(1, 3, *args.size)
-        net, teacher = (model.build(name, args.num_classes) for name in (student, teacher))
+        image = torch.empty(1, 3, *size)
+        net, teacher = (model.build(name, num_classes) for name in (student, teacher))
         method = methods.build(spec, net, teacher, **options).eval()
-        labels = torch.zeros(1, *args.size, dtype=torch.uint8)
+        labels = torch.zeros(1, *size, dtype=torch.uint8)
         seen = Watched(teacher.eval()(image))
         cost = measure(net, image, lambda out: method(out, seen, image, labels))
     params = model.count_parameters(net) + model.count_parameters(method)
     return dict(params=params) | cost, seen.seen
 
 
-def print_methods(student, teacher, args):
+def print_methods(student, teacher, num_classes, size):
     """--method list: every method, what it takes of the teacher, what it adds to the student."""
-    own = measure_named(student, args.num_classes, args.size)
-    print(f"methods, from {teacher} to {student}, at {args.size[0]}x{args.size[1]}")
+    own = measure_named(student, num_classes, size)
+    print(f"methods, from {teacher} to {student}, at {size[0]}x{size[1]}")
     print(f"{'':12s} {'+ params':>10s} {'+ GMACs':>8s}  {'of the teacher':20s}  paper")
     for name in methods.METHODS:
         try:
-            cost, seen = with_method(name, student, teacher, args)
+            cost, seen = with_method(name, student, teacher, num_classes, size)
         except files.UserError as e:
             print(f"{name:12s} {e}")
             continue
@@ -163,7 +164,7 @@ def main(args):
     if args.csf_norm and not args.method:
         raise files.UserError("--csf-norm has no effect without --method")
     if args.method == "list":
-        return print_methods(args.model[0], args.teacher, args)
+        return print_methods(args.model[0], args.teacher, args.num_classes, args.size)
     table = list(rows(args))
     if args.json:
         print(json.dumps(table))

@@ -15,7 +15,7 @@ from PIL import Image
 import catalog
 from catalog import open_image
 from distill import IGNORE
-from files import UserError
+from files import UserError, some
 
 ORIENTATION = 0x0112  # the EXIF tag
 SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
@@ -166,11 +166,6 @@ def values_of(files, dataset):
 
 def unnamed(dataset):
     return dataset.classes[0] == "class 0"  # no classes.txt: they were counted in the labels
-
-
-def some(names, n=5):
-    names = [str(name) for name in names]
-    return ", ".join(names[:n]) + " ..." * (len(names) > n)
 
 
 def is_void(counts, dataset):

@@ -22,7 +22,7 @@ from torch import nn
 
 import cnn
 import weights
-from files import UserError, save_tensors
+from files import UserError, save_tensors, some
 from nets import Drop, Output, resize
 
 # name: (embed dims, heads, depths, head width). nano is ours, for tests and the demo; what is not a
@@ -397,5 +397,4 @@ def load_weights(net, source):
 
 def listed(names, what):
     """'3 missing: a, b, c', or '' if there are none; six names at most."""
-    some = ", ".join(names[:6]) + " ..." * (len(names) > 6)
-    return f"{len(names)} {what}: {some}" if names else ""
+    return f"{len(names)} {what}: {some(names, 6)}" if names else ""

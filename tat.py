@@ -21,8 +21,7 @@ views of the same maps are used instead, one for detail, one for context:
 import torch.nn.functional as F
 from torch import nn
 
-from distill import full_precision, to_grid
-from files import UserError
+from distill import full_precision, refuse_idle, to_grid
 from model import to_tokens
 
 
@@ -110,14 +109,13 @@ class TaT(nn.Module):
         tat_anchor_weight=0.64,
     ):
         super().__init__()
-        for idle, flag in (
+        refuse_idle(
+            "tat",
             (not tat_patch_weight and not tat_anchor_weight, "both weights 0"),
             (not tat_patch_weight and tat_patch != 8, "--tat-patch"),
             (not tat_patch_weight and tat_group != 4, "--tat-group"),
             (not tat_anchor_weight and tat_anchors != 32, "--tat-anchors"),
-        ):
-            if idle:
-                raise UserError(f"tat, {flag}: there is nothing for it to act on")
+        )
         self.axis, self.patch, self.group = tat_axis, tat_patch, tat_group
         self.anchors = tat_anchors
         self.patch_weight, self.anchor_weight = tat_patch_weight, tat_anchor_weight

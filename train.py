@@ -571,8 +571,7 @@ def pictures(run, nets, titles, rows=4, width=320):
 
 def main(args):
     if args.method == "list":
-        cost = argparse.Namespace(num_classes=20, size=(512, 1024))
-        return flops.print_methods(args.student or "b0", args.teacher or "b2", cost)
+        return flops.print_methods(args.student or "b0", args.teacher or "b2", 20, (512, 1024))
     resolve(args)
     run = open_run(args)
     catch_signals(run)

@@ -17,7 +17,6 @@ Other people's weights: reading them from a file, a folder or a hub, and renamin
 Only tensors and plain values are ever unpickled.
 """
 
-import hashlib
 import json
 import re
 import socket
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from downloads import download
+from downloads import digest, download
 from files import UserError, load_tensors
 
 FORMAT = "segmentation-student-1"  # the mark by which we know our own files
@@ -348,14 +347,10 @@ def verify(path):
     """A large file's name in the hub's cache is its SHA-256: compare."""
     blob = path.resolve()
     if re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        digest = hashlib.sha256()
-        with open(blob, "rb") as f:
-            while chunk := f.read(1 << 20):
-                digest.update(chunk)
-        digest = digest.hexdigest()
-        if digest != blob.name:
+        found = digest(blob)
+        if found != blob.name:
             blob.unlink()
-            raise UserError(f"{path}: damaged (SHA-256 {digest}); removed, so try again")
+            raise UserError(f"{path}: damaged (SHA-256 {found}); removed, so try again")
 
 
 def reachable(url):
