@@ -72,6 +72,17 @@ class PatchEmbed(nn.Module):
         return self.norm(to_tokens(x)), x.shape[2], x.shape[3]  # (B, H*W, C)
 
 
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v of queries (B, heads, N, d) and fewer keys, values (.., M, d).
+
+    In one fused call, except where that is slower: CPUs' fused kernel multiplies bfloat16 as
+    float32, and sr_ratio keeps the N x M matrix small enough to be written out.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 512:
+        return ((q * q.shape[3] ** -0.5) @ k.mT).softmax(dim=3) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Self-attention with keys and values from a map reduced by sr_ratio per side (eq. 1-2)."""
 
@@ -94,7 +105,7 @@ class Attention(nn.Module):
             x = self.norm(to_tokens(self.sr(to_map(x, H, W))))  # (B, N / sr^2, C)
         k, v = self.kv(x).chunk(2, dim=-1)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
+        y = attend(q, k, v)  # (B, heads, N, C / heads)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, C)
 
 

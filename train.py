@@ -23,13 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import augment
 import catalog
 import data
-import distill
 import eval as evaluation
 import files
 import flops
@@ -39,7 +37,6 @@ from files import UserError
 from settings import (
     FINE_TUNING_LR,
     IMAGENET,
-    PAPER_DECAY_EPOCHS,
     PAPER_EPOCHS,
     build_method,
     check_method,
@@ -48,64 +45,7 @@ from settings import (
     resolve,
     settings,
 )
-
-# ------------------------------------------------------------------------------------------------
-# the pieces of a step
-
-
-class Learner(nn.Module):
-    """The student and what teaches it: one module, so that DDP keeps the adapters in step too."""
-
-    def __init__(self, student, method, class_weights=None):
-        super().__init__()
-        self.student, self.method = student, method
-        self.register_buffer("class_weights", class_weights, persistent=False)
-
-    def forward(self, images, labels, seen):
-        out = self.student(images)
-        terms = {}
-        if not getattr(self.method, "replaces_ce", False):
-            terms["ce"] = distill.cross_entropy(out.logits, labels, self.class_weights)
-        return terms | self.method(out, seen, images, labels)
-
-
-def learning_rate(step, peak, total, warmup=0.0, paper_epoch=None):
-    """lr of `step` (from 0): linear warm-up over a share of the run, then linear to 0 at `total`.
-
-    paper_epoch: steps in an epoch; then it is the paper's, which changes once an epoch (from 1).
-    """
-    if paper_epoch:
-        return peak * max(0.0, 1 - (step // paper_epoch + 1) / PAPER_DECAY_EPOCHS)
-    rise = round(warmup * total)
-    if step < rise:
-        return peak * (step + 1) / (rise + 1)
-    return peak * (total - step) / (total - rise)
-
-
-def parameter_groups(module, weight_decay, everything):
-    """Weight decay on matrices only (not norms, biases, scalars), or on everything (the paper)."""
-    params = list(module.parameters())
-    if everything:
-        return [dict(params=params, weight_decay=weight_decay)]
-    return [
-        dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay),
-        dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0),
-    ]
-
-
-def look(teacher, images, run, needs_logits):
-    """The teacher's output on the student's images: no graph, and no head unless it is needed."""
-    net, facts = teacher
-    if (facts["mean"], facts["std"]) != (run.facts["mean"], run.facts["std"]):
-        mean, std = (torch.tensor(run.facts[k], device=images.device) for k in ("mean", "std"))
-        images = images * std[:, None, None] + mean[:, None, None]  # back to [0, 1]
-        images = augment.normalise(images, facts["mean"], facts["std"])
-    with torch.no_grad():
-        out = net(images, head=needs_logits)
-    if needs_logits and facts["void"] is not None:  # an output that is none of the classes
-        out = out._replace(logits=out.logits[:, : facts["void"]])
-    return out
-
+from step import Learner, Teacher, learning_rate, parameter_groups, update
 
 # ------------------------------------------------------------------------------------------------
 # a run: what its stages share
@@ -365,11 +305,15 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
             part.load_state_dict(run.state[name])
         run.print(f"going on from step {first}")
         run.state = None
-    if args.compile:
+    mean, std = run.facts["mean"], run.facts["std"]
+    looks = Teacher(*teacher, mean, std, method.needs_logits) if method.needs_teacher else None
+    if args.compile:  # the calls of a step, at its one size: scoring, at any size, stays as it is
         learner.compile()
+        if looks:
+            looks.compile()
     schedule = dict(peak=lr, total=iters, warmup=args.warmup)
     schedule |= dict(paper_epoch=math.ceil(len(split) / batch_size) if paper else None)
-    loop(run, stage, parallel.wrap(learner, device), parts, teacher, schedule, batch_size, first)
+    loop(run, stage, parallel.wrap(learner, device), parts, looks, schedule, batch_size, first)
     return parts["ema"].module if args.ema else net
 
 
@@ -390,15 +334,10 @@ def loop(run, stage, wrapped, parts, teacher, schedule, batch_size, first):
             torch.manual_seed(hash((args.seed, step, part)))  # one for all processes, see Drop
             syncs = run.world == 1 or part == args.accumulate - 1
             with contextlib.nullcontext() if syncs else wrapped.no_sync():
-                terms = loss_terms(run, learner, wrapped, teacher, batch)
+                terms = loss_terms(run, wrapped, teacher, batch)
                 scaler.scale(sum(terms.values()) / args.accumulate).backward()
             watch.add(step, terms)
-        scaler.unscale_(optimizer)
-        if args.clip:
-            nn.utils.clip_grad_norm_(learner.parameters(), args.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        update(learner, optimizer, scaler, args.clip)
         if args.ema:
             parts["ema"].update_parameters(learner.student)
         stopping, due = parallel.any_process(run.signals, watch.due(step))
@@ -431,13 +370,12 @@ def make_batches(run, split, batch_size, first, last):
     return augment.stream(loader)
 
 
-def loss_terms(run, learner, wrapped, teacher, batch):
+def loss_terms(run, wrapped, teacher, batch):
     """Forward passes of teacher and student: the dict of loss terms."""
-    facts, needs = run.facts, learner.method
+    facts = run.facts
     images, labels = augment.device_batch(batch, run.device, facts["mean"], facts["std"])
     with evaluation.autocast(run.device, run.args.dtype):
-        seen = look(teacher, images, run, needs.needs_logits) if needs.needs_teacher else None
-        return wrapped(images, labels, seen)
+        return wrapped(images, labels, teacher and teacher(images))
 
 
 def class_weights(run, split):

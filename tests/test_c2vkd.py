@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import c2vkd
 import methods
 import model
-import train
 from c2vkd import C2VKD, AttentionPool, graph, kl, pdd
 from distill import IGNORE, NoDistillation, build_method
 from files import UserError
+from step import Learner
 
 STUDENT, TEACHER = (8, 12, 16, 24), (16, 24, 40, 128)
 
@@ -445,8 +445,8 @@ def test_it_takes_the_place_of_cross_entropy():
         ("kd", {}, {"ce", "kd"}),
     ):
         method = build_method(spec, net.channels, TEACHER, methods.METHODS, **options)
-        assert set(train.Learner(net, method)(images, labels, seen)) == terms
-    assert set(train.Learner(net, NoDistillation(None, None))(images, labels, None)) == {"ce"}
+        assert set(Learner(net, method)(images, labels, seen)) == terms
+    assert set(Learner(net, NoDistillation(None, None))(images, labels, None)) == {"ce"}
 
 
 def test_it_says_what_it_leaves_out(tmp_path):

@@ -22,6 +22,7 @@ import methods
 import model
 import train
 from files import UserError
+from step import Learner, Teacher, learning_rate, parameter_groups
 
 ROOT = Path(train.__file__).parent
 SMALL = "--student nano --teacher nano --crop-size 32 --batch-size 4 --max-iters 6".split()
@@ -60,11 +61,11 @@ def command(*argv, processes=1, **kw):
 
 
 def test_learning_rate():
-    rates = [train.learning_rate(s, 1.0, 100, warmup=0.1) for s in range(100)]
+    rates = [learning_rate(s, 1.0, 100, warmup=0.1) for s in range(100)]
     assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11)
     assert rates[10] == 1 and rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 90)
-    assert train.learning_rate(0, 1.0, 100) == 1
-    assert all(0 < train.learning_rate(s, 1.0, 1) for s in range(1))
+    assert learning_rate(0, 1.0, 100) == 1
+    assert all(0 < learning_rate(s, 1.0, 1) for s in range(1))
 
 
 def test_learning_rate_of_the_paper():
@@ -72,15 +73,15 @@ def test_learning_rate_of_the_paper():
     n = 1488  # steps an epoch of Cityscapes at batch 2
     for epoch, lr in ((1, 5.996e-5), (500, 4e-5), (1000, 2e-5)):
         for step in ((epoch - 1) * n, epoch * n - 1):
-            assert train.learning_rate(step, 6e-5, 10**9, paper_epoch=n) == pytest.approx(lr)
+            assert learning_rate(step, 6e-5, 10**9, paper_epoch=n) == pytest.approx(lr)
 
 
 def test_weight_decay_is_on_matrices_only():
     net = model.build("nano", 3)
-    decayed, rest = train.parameter_groups(net, 0.01, everything=False)
+    decayed, rest = parameter_groups(net, 0.01, everything=False)
     assert decayed["weight_decay"] == 0.01 and rest["weight_decay"] == 0
     assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in rest["params"])
-    (everything,) = train.parameter_groups(net, 0.01, everything=True)
+    (everything,) = parameter_groups(net, 0.01, everything=True)
     assert len(everything["params"]) == len(decayed["params"]) + len(rest["params"])
 
 
@@ -97,20 +98,18 @@ def test_class_weights_of_the_paper(folder):
     assert torch.allclose(got, 1 / torch.log(1.10 + counts / counts.sum()), atol=1e-5)
 
 
-def test_teacher_with_another_normalisation_sees_the_same_pixels(folder):
-    args = train.get_args(words(folder, folder / "out"))
-    train.resolve(args)
-    run_ = train.open_run(args)
+def test_teacher_with_another_normalisation_sees_the_same_pixels():
     seen = []
 
-    def teacher(images, head):
-        seen.append(images)
+    class Net(torch.nn.Module):
+        def forward(self, images, head):
+            seen.append(images)
 
     images = torch.rand(2, 3, 8, 8)
-    facts = dict(mean=[0.0] * 3, std=[1.0] * 3)
-    normalised = train.augment.normalise(images, run_.facts["mean"], run_.facts["std"])
-    train.look((teacher, facts), normalised, run_, False)
-    train.look((teacher, run_.facts), normalised, run_, False)
+    mine = (model.IMAGENET_MEAN, model.IMAGENET_STD)
+    normalised = train.augment.normalise(images, *mine)
+    for mean, std in (([0.0] * 3, [1.0] * 3), mine):
+        Teacher(Net(), dict(mean=mean, std=std, void=None), *mine)(normalised)
     assert torch.allclose(seen[0], images, atol=1e-6) and seen[1] is normalised
 
 
@@ -243,10 +242,10 @@ def test_accumulation_is_the_batch_in_parts(folder):
         run_ = train.open_run(args)
         torch.manual_seed(0)
         net = model.build("nano", 3, drop_path=0, dropout=0).eval()
-        learner = train.Learner(net, methods.METHODS["none"](None, None))
+        learner = Learner(net, methods.METHODS["none"](None, None))
         batches = train.make_batches(run_, run_.train, 4, 0, 1)
         for _ in range(accumulate):
-            terms = train.loss_terms(run_, learner, learner, None, next(batches))
+            terms = train.loss_terms(run_, learner, None, next(batches))
             (sum(terms.values()) / accumulate).backward()
         grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     assert (grads[0] - grads[1]).norm() < 0.05 * grads[0].norm()  # the halves' valid pixels differ
@@ -328,6 +327,7 @@ def test_kill_while_saving_loses_nothing(folder, tmp_path, monkeypatch):
 import os, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 import train
+from step import Learner, Teacher, learning_rate, parameter_groups
 save, calls = torch.save, []
 def killed(tree, path):
     calls.append(path)

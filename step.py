@@ -1,0 +1,86 @@
+"""
+One step of training: the teacher looks, the student is compared with labels and teacher, the
+weights move. What `train.py` repeats and `bench.py` times.
+"""
+
+import torch
+from torch import nn
+
+import augment
+import distill
+from settings import PAPER_DECAY_EPOCHS
+
+
+class Learner(nn.Module):
+    """The student and what teaches it: one module, so that DDP keeps the adapters in step too."""
+
+    def __init__(self, student, method, class_weights=None):
+        super().__init__()
+        self.student, self.method = student, method
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def forward(self, images, labels, seen):
+        out = self.student(images)
+        terms = {}
+        if not getattr(self.method, "replaces_ce", False):
+            terms["ce"] = distill.cross_entropy(out.logits, labels, self.class_weights)
+        return terms | self.method(out, seen, images, labels)
+
+
+class Teacher(nn.Module):
+    """A frozen net that looks at the student's images: no graph, no head unless it is needed.
+
+    facts: its own; mean, std: what the images were normalised with, for the student.
+    """
+
+    def __init__(self, net, facts, mean, std, needs_logits=False):
+        super().__init__()
+        self.net, self.void, self.needs_logits = net, facts["void"], needs_logits
+        self.other = (mean, std, facts["mean"], facts["std"])
+        if (mean, std) == (facts["mean"], facts["std"]):
+            self.other = None
+
+    @torch.no_grad()
+    def forward(self, images):
+        if self.other:
+            mean, std, own_mean, own_std = self.other
+            mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
+            images = augment.normalise(images * std + mean, own_mean, own_std)  # by way of [0, 1]
+        out = self.net(images, head=self.needs_logits)
+        if self.needs_logits and self.void is not None:  # an output that is none of the classes
+            out = out._replace(logits=out.logits[:, : self.void])
+        return out
+
+
+def learning_rate(step, peak, total, warmup=0.0, paper_epoch=None):
+    """lr of `step` (from 0): linear warm-up over a share of the run, then linear to 0 at `total`.
+
+    paper_epoch: steps in an epoch; then it is the paper's, which changes once an epoch (from 1).
+    """
+    if paper_epoch:
+        return peak * max(0.0, 1 - (step // paper_epoch + 1) / PAPER_DECAY_EPOCHS)
+    rise = round(warmup * total)
+    if step < rise:
+        return peak * (step + 1) / (rise + 1)
+    return peak * (total - step) / (total - rise)
+
+
+def parameter_groups(module, weight_decay, everything=False):
+    """Weight decay on matrices only (not norms, biases, scalars), or on everything (the paper)."""
+    params = list(module.parameters())
+    if everything:
+        return [dict(params=params, weight_decay=weight_decay)]
+    return [
+        dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay),
+        dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0),
+    ]
+
+
+def update(learner, optimizer, scaler, clip):
+    """Move the weights by the gradients that are there, none larger than `clip`, and drop them."""
+    scaler.unscale_(optimizer)
+    if clip:
+        nn.utils.clip_grad_norm_(learner.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
