@@ -10,6 +10,7 @@ import torch
 from conftest import write_folder
 from test_train import command, run, same, weights, words
 
+import loop
 import methods
 import model
 import train
@@ -75,7 +76,7 @@ def test_ten_steps_and_a_resumed_run(place, tmp_path, monkeypatch, name):
     values = [v for record in steps(tmp_path / "whole") for v in record.values()]
     assert len(steps(tmp_path / "whole")) == 10
     assert all(math.isfinite(v) for v in values if isinstance(v, float))
-    save = train.save_state
+    save = loop.save_state
 
     class Stop(Exception):
         pass
@@ -85,7 +86,7 @@ def test_ten_steps_and_a_resumed_run(place, tmp_path, monkeypatch, name):
         if done == 5:
             raise Stop
 
-    monkeypatch.setattr(train, "save_state", save_and_die)
+    monkeypatch.setattr(loop, "save_state", save_and_die)
     with pytest.raises(Stop):
         run(place / "data", tmp_path / "parts", *more)
     monkeypatch.undo()

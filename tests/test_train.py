@@ -18,10 +18,12 @@ import catalog
 import data
 import eval as evaluation
 import files
+import loop
 import methods
 import model
 import train
 from files import UserError
+from settings import settings
 from step import Learner, Teacher, learning_rate, parameter_groups
 
 ROOT = Path(train.__file__).parent
@@ -154,7 +156,7 @@ def test_the_command_line_it_prints_is_the_run(folder, tmp_path):
     again = train.get_args([*said[2:], *where])
     train.resolve(again)
     train.open_run(again)
-    assert train.settings(again) == train.settings(args)
+    assert settings(again) == settings(args)
     args.alone = False
     assert "--no-alone" in train.command_line(args)
 
@@ -243,9 +245,9 @@ def test_accumulation_is_the_batch_in_parts(folder):
         torch.manual_seed(0)
         net = model.build("nano", 3, drop_path=0, dropout=0).eval()
         learner = Learner(net, methods.METHODS["none"](None, None))
-        batches = train.make_batches(run_, run_.train, 4, 0, 1)
+        batches = loop.stream(run_, train.make_batches(run_, run_.train, 4), 0, 1)
         for _ in range(accumulate):
-            terms = train.loss_terms(run_, learner, None, next(batches))
+            terms = train.loss_terms(run_, None, learner, next(batches))
             (sum(terms.values()) / accumulate).backward()
         grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     assert (grads[0] - grads[1]).norm() < 0.05 * grads[0].norm()  # the halves' valid pixels differ
@@ -256,14 +258,14 @@ def test_accumulation_is_the_batch_in_parts(folder):
 
 
 def test_ema_is_a_running_average(folder, tmp_path, monkeypatch):
-    steps, save = [], train.save_state
+    steps, save = [], loop.save_state
 
     def keep(run_, at=None, done=0, parts=None):
         if parts:
             steps.append({k: v.clone() for k, v in parts["learner"].student.state_dict().items()})
         save(run_, at, done, parts)
 
-    monkeypatch.setattr(train, "save_state", keep)
+    monkeypatch.setattr(loop, "save_state", keep)
     more = ["--method", "none", "--ema", "0.75", "--max-iters", "3", "--save-every", "0"]
     run(folder, tmp_path / "out", *more)
     for name, got in weights(tmp_path / "out").items():
@@ -280,14 +282,14 @@ class Stop(Exception):
 def test_resume_to_the_same_bits(folder, tmp_path, monkeypatch, stage, step):
     more = ["--alone", "--ema", "0.9", "--save-every", "0"]
     run(folder, tmp_path / "whole", *more)
-    save = train.save_state
+    save = loop.save_state
 
     def save_and_die(run_, at=None, done=0, parts=None):
         save(run_, at, done, parts)
         if (at, done) == (stage, step):
             raise Stop
 
-    monkeypatch.setattr(train, "save_state", save_and_die)
+    monkeypatch.setattr(loop, "save_state", save_and_die)
     with pytest.raises(Stop):
         run(folder, tmp_path / "parts", *more)
     monkeypatch.undo()

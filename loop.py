@@ -1,0 +1,280 @@
+"""
+What training loops share: the run and its files, the steps of a stage, signals, lines that tell.
+
+A stage saves all it needs to go on (last.pt) every minute and when a signal asks it to stop. As
+everything random in a step comes from the seed and the step's number, a run that goes on from there
+is the run that was never interrupted.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+import augment
+import files
+import parallel
+from files import UserError
+from settings import settings
+from step import learning_rate, parameter_groups, update
+
+# ------------------------------------------------------------------------------------------------
+# a run and its files
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """What the stages of a training run share."""
+
+    args: argparse.Namespace
+    out: Path
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    results: dict = dataclasses.field(default_factory=dict)  # stage -> metrics, if finished
+    inits: dict = dataclasses.field(default_factory=dict)  # stage -> what it started from
+    state: dict | None = None  # last.pt, while a stage is to be resumed
+    signals: list = dataclasses.field(default_factory=list)  # that came in
+
+    def print(self, *words):
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def log(self, **record):
+        if self.rank == 0:
+            with open(self.out / "log.jsonl", "a") as f:
+                f.write(json.dumps(record) + "\n")
+
+
+def start(args, batch_sizes, results):
+    """Join the processes of a run: dict(out, device, rank, world), the first fields of a Run.
+
+    UserError if the batch sizes are not those of so many processes, or if --out-dir holds a run
+    (`results`: files that one leaves there) that is not to be resumed.
+    """
+    device = parallel.start(args.device)
+    rank, world = parallel.rank_and_world()
+    for batch in batch_sizes:
+        if batch % (world * args.accumulate):
+            raise UserError(
+                f"batch size {batch} does not divide by {world} processes x {args.accumulate} "
+                "parts (--batch-size counts the images of all processes together)"
+            )
+    out = Path(args.out_dir)
+    found = [f for f in ("last.pt", *results, "log.jsonl") if (out / f).exists()]
+    if found and not args.resume:
+        raise UserError(f"{out} holds a run ({found[0]}): pass --resume, or another --out-dir")
+    return dict(out=out, device=device, rank=rank, world=world)
+
+
+def resume(run):
+    """Read last.pt: the results of finished stages and the state of the interrupted one."""
+    path, log = run.out / "last.pt", run.out / "log.jsonl"
+    if not path.exists():
+        if run.rank == 0:
+            log.unlink(missing_ok=True)
+        run.print(f"{path} is not there: nothing to resume, starting from the beginning")
+        return
+    state = files.load_tensors(path)
+    if not isinstance(state, dict) or state.get("format") != "run-state-1":
+        raise UserError(f"{path}: not the state of a run; was another file put in its place?")
+    for name, now in settings(run.args).items():
+        was = state["settings"].get(name)
+        if was != now:
+            raise UserError(f"--resume: --{name.replace('_', '-')} was {was}, now it is {now}")
+    run.results, run.inits = state["results"], state["inits"]
+    run.state = state if state["stage"] else None
+    if run.rank == 0 and log.exists():  # drop what came after the saved step
+        keep = []
+        for line in log.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that was cut off by a crash
+                record = json.loads(line)
+                if record["stage"] in run.results or record["step"] <= state["step"]:
+                    keep.append(line + "\n")
+        with files.atomic(log) as tmp:
+            Path(tmp).write_text("".join(keep))
+
+
+def save_state(run, stage=None, step=0, parts=None):
+    """last.pt, all that --resume needs. parts: name -> object with a state_dict, within a stage."""
+    if run.rank == 0:
+        tree = dict(format="run-state-1", stage=stage, step=step, results=run.results)
+        tree |= dict(settings=settings(run.args), inits=run.inits)
+        tree |= {name: part.state_dict() for name, part in (parts or {}).items()}
+        files.save_tensors(run.out / "last.pt", tree)
+
+
+def save_metrics(run, tree):
+    """metrics.json: `tree`, the results of all stages, and what the run was told."""
+    with files.atomic(run.out / "metrics.json") as tmp:
+        text = json.dumps(tree | run.results | dict(settings=settings(run.args)), indent=1)
+        Path(tmp).write_text(text + "\n")
+
+
+def catch_signals(run):
+    """SIGTERM and the first Ctrl-C: finish the step, save, leave. A second one leaves at once."""
+
+    def caught(number, frame):
+        if number == signal.SIGINT and number in run.signals:
+            raise KeyboardInterrupt
+        run.signals.append(number)
+
+    signal.signal(signal.SIGTERM, caught)
+    signal.signal(signal.SIGINT, caught)
+
+
+# ------------------------------------------------------------------------------------------------
+# the steps of a stage
+
+
+def freeze(net, device):
+    net.to(device).to(memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False)
+
+
+def place(run, learner, lr, decay_everything=False):
+    """The parts of a stage that training changes: learner (on its device), optimizer, scaler.
+
+    In several processes the learner's batch norms and drops become those of the whole batch.
+    """
+    learner = learner.to(run.device).to(memory_format=torch.channels_last)
+    if run.world > 1:
+        learner = parallel.synchronise(learner, run.device)
+    groups = parameter_groups(learner, run.args.weight_decay, decay_everything)
+    return dict(
+        learner=learner,
+        optimizer=torch.optim.AdamW(groups, lr=lr, fused=True),
+        scaler=torch.amp.GradScaler(run.device.type, enabled=run.args.dtype == "float16"),
+    )
+
+
+def run_steps(run, stage, parts, batches, loss_terms, schedule, batch_size, score):
+    """The steps of a stage, from the first or where run.state has it, to schedule["total"].
+
+    parts: what `place` returns and, if there is one, ema, a running average of learner.student;
+    batches: host batches by number, `accumulate` a step; loss_terms(learner, batch): dict of
+    scalars; score(net, step): for --eval-every.
+    """
+    args, total = run.args, schedule["total"]
+    first = restore(run, stage, parts)
+    learner, optimizer, scaler = parts["learner"], parts["optimizer"], parts["scaler"]
+    wrapped = parallel.wrap(learner, run.device)
+    watch = Watch(run, stage, first, total, batch_size)
+    batches = stream(run, batches, first, total)
+    learner.train()
+    saved = time.time()
+    for step in range(first, total):
+        lr = learning_rate(step, **schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for part in range(args.accumulate):
+            batch = next(batches)
+            torch.manual_seed(hash((args.seed, step, part)))  # one for all processes, see Drop
+            syncs = run.world == 1 or part == args.accumulate - 1
+            with contextlib.nullcontext() if syncs else wrapped.no_sync():
+                terms = loss_terms(wrapped, batch)
+                scaler.scale(sum(terms.values()) / args.accumulate).backward()
+            watch.add(step, terms)
+        update(learner, optimizer, scaler, args.clip)
+        if "ema" in parts:
+            parts["ema"].update_parameters(learner.student)
+        stopping, due = parallel.any_process(run.signals, watch.due(step))
+        if due:
+            watch.report(step, lr)
+        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < total:
+            score(parts["ema"].module if "ema" in parts else learner.student, step + 1)
+        if stopping or time.time() - saved > args.save_every:
+            watch.check()
+            save_state(run, stage, step + 1, parts)
+            saved = time.time()
+        if stopping:
+            run.print(f"stopped after step {step + 1} of {stage}; the same with --resume goes on")
+            raise SystemExit(128 + (run.signals or [signal.SIGTERM])[0])
+    watch.check()
+
+
+def restore(run, stage, parts):
+    """Put what run.state holds into the parts of this stage; returns its first step."""
+    if not run.state or run.state["stage"] != stage:
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(run.state[name])
+    first, run.state = run.state["step"], None
+    run.print(f"going on from step {first}")
+    return first
+
+
+def stream(run, batches, first, last):
+    """The host batches of the steps from `first` to `last`, prepared by --workers processes."""
+    accumulate = run.args.accumulate
+    loader = torch.utils.data.DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first * accumulate, last * accumulate),
+        num_workers=run.args.workers,
+        pin_memory=run.device.type == "cuda",
+    )
+    return augment.stream(loader)
+
+
+# ------------------------------------------------------------------------------------------------
+# lines that tell
+
+
+class Watch:
+    """Sums the loss terms on the device, and says every few seconds how things go."""
+
+    def __init__(self, run, stage, first, total, batch_size):
+        self.run, self.stage, self.total, self.batch_size = run, stage, total, batch_size
+        self.first, self.start = first, time.time()
+        self.told, self.told_step = self.start, first
+        self.names, self.sums, self.bad = [], 0, None
+
+    def add(self, step, terms):
+        self.names = list(terms)
+        values = torch.stack([t.detach() for t in terms.values()])
+        if self.bad is None:  # first step at which a term was not finite
+            self.bad = torch.full_like(values, math.inf)
+        self.bad = torch.where(values.isfinite(), self.bad, self.bad.clamp(max=step))
+        self.sums = self.sums + values
+
+    def check(self):
+        """Stop if a term was not finite. Asked only now and then, for it waits for the device."""
+        for name, step in zip(self.names, [] if self.bad is None else self.bad.tolist()):
+            if step < math.inf:
+                raise UserError(
+                    f"{self.stage}: the loss term '{name}' was not finite at step {int(step)}. Try "
+                    "a lower --lr or --dtype bfloat16 in a new --out-dir"
+                )
+
+    def due(self, step):
+        """Time for a line? Whatever this process says, all of them report when one does."""
+        if self.run.device.type == "cpu" or (step + 1) % 20 == 0:
+            self.check()
+        return time.time() - self.told >= self.run.args.log_every or step + 1 == self.total
+
+    def report(self, step, lr):
+        now, done = time.time(), step + 1
+        steps = done - self.told_step
+        means = parallel.process_mean(self.sums) / (steps * self.run.args.accumulate)
+        terms = dict(zip(self.names, means.tolist()))
+        speed = steps * self.batch_size / (now - self.told)
+        eta = clock((self.total - done) * (now - self.start) / (done - self.first))
+        words = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
+        progress = f"{done:6d}/{self.total} {100 * done // self.total:3d}%"
+        line = f"{self.stage:7s} {progress}  {words}  lr {lr:.1e}  {speed:.0f} img/s  eta {eta}"
+        self.run.print(line)
+        self.run.log(stage=self.stage, step=done, **terms, lr=lr, img_s=round(speed, 1))
+        self.told, self.told_step, self.sums = now, done, 0
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
