@@ -8,6 +8,7 @@ stream of shuffled epochs: batches are the same however many processes or worker
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 import torch
@@ -30,13 +31,15 @@ class Augment:
     label_stride: int = 1  # labels at 1/stride of the crop, by nearest
 
 
+@functools.lru_cache(2)  # a batch may reach into the next epoch
+def epoch_order(epoch, n, seed):
+    return np.random.default_rng([seed, 1, epoch]).permutation(n)
+
+
 def sample_indices(step, batch_size, n, seed):
     """The indices of batch `step` (from 0) in an endless row of shuffled epochs over n items."""
     at = np.arange(step * batch_size, (step + 1) * batch_size)
-    orders = {
-        e: np.random.default_rng([seed, 1, e]).permutation(n) for e in set((at // n).tolist())
-    }
-    return [int(orders[p // n][p % n]) for p in at.tolist()]
+    return [int(epoch_order(p // n, n, seed)[p % n]) for p in at.tolist()]
 
 
 def colour_matrix(rng, strength):
@@ -124,6 +127,14 @@ def device_batch(batch, device, mean, std):
     Positions outside the image are 0 after normalisation, and IGNORE in the label.
     """
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    images = normalise(look(batch), mean, std)
+    inside = batch["y_inside"][:, None, :, None] & batch["x_inside"][:, None, None, :]
+    images = (images * inside).contiguous(memory_format=torch.channels_last)
+    return images, batch["label"]
+
+
+def look(batch):
+    """The windows of a batch, looked at in its places (y, x) through its colours: (B, 3, h, w)."""
     images = batch["image"].permute(0, 3, 1, 2).float() / 255  # channels-last (B, 3, H, W)
     (H, W), B = images.shape[2:], len(images)
     y, x = (2 * batch["y"] + 1) / H - 1, (2 * batch["x"] + 1) / W - 1  # grid_sample's coordinates
@@ -132,10 +143,7 @@ def device_batch(batch, device, mean, std):
     images = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
     colour = batch["colour"]
     images = torch.einsum("bij,bjhw->bihw", colour[:, :, :3], images) + colour[:, :, 3, None, None]
-    images = normalise(images.clamp(0, 1), mean, std)
-    inside = batch["y_inside"][:, None, :, None] & batch["x_inside"][:, None, None, :]
-    images = (images * inside).contiguous(memory_format=torch.channels_last)
-    return images, batch["label"]
+    return images.clamp(0, 1)
 
 
 def normalise(images, mean, std):
@@ -147,18 +155,20 @@ def normalise(images, mean, std):
 class Batches(torch.utils.data.Dataset):
     """Item `step` is the host batch of that step: a DataLoader over it can start anywhere.
 
-    batch_size is that of all processes; process `rank` of `world` gets its share. An error in the
-    data is returned, for `stream` to raise, so that no worker process wraps it in a traceback.
+    batch_size is that of all processes; process `rank` of `world` gets its share. make: what makes
+    a host batch, called as host_batch is. An error in the data is returned, for `stream` to raise,
+    so that no worker process wraps it in a traceback.
     """
 
-    def __init__(self, split, batch_size, seed, augment, rank=0, world=1):
+    def __init__(self, split, batch_size, seed, augment, rank=0, world=1, make=host_batch):
         self.split, self.batch_size, self.seed, self.augment = split, batch_size, seed, augment
+        self.make = make
         share = batch_size // world
         self.rows = slice(rank * share, (rank + 1) * share)
 
     def __getitem__(self, step):
         try:
-            return host_batch(self.split, step, self.batch_size, self.seed, self.augment, self.rows)
+            return self.make(self.split, step, self.batch_size, self.seed, self.augment, self.rows)
         except UserError as e:
             return e
 

@@ -60,7 +60,8 @@ class PixelKD(nn.Module):
     """Soft-label distillation of every pixel (Hinton et al., arXiv 1503.02531, for dense outputs).
 
     T^2 * KL(softmax(teacher / T) || softmax(student / T)) over the classes, averaged over the
-    pixels of the stride-4 logits. No label is used, so pixels without one teach as well.
+    pixels of the stride-4 logits, or, of classifiers' logits (B, K), over the images. No label is
+    used, so pixels without one teach as well.
     """
 
     needs_teacher = needs_logits = True
@@ -70,9 +71,11 @@ class PixelKD(nn.Module):
         self.weight, self.T = kd_weight, temperature
 
     def forward(self, student, teacher, images, labels):
-        s, t = matched(student.logits, teacher.logits)
+        s, t = student.logits.float(), teacher.logits.float()
+        if s.ndim == 4:
+            s, t = matched(s, t)
         log_s, log_t = (F.log_softmax(z / self.T, dim=1) for z in (s, t))
-        kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)  # (B, h, w)
+        kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
         return {"kd": self.weight * self.T**2 * kl.mean()}
 
 

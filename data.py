@@ -107,22 +107,27 @@ def open_split(dataset, split, data_dir=None, cache="on", cache_dir=None, cache_
         cache_folder(data_dir, cache_dir) / f"{dataset.name}-{split}-{cache_key(dataset, pairs)}"
     )
     if not folder.is_dir():
-        need = sum(files.label(i).size for i in range(min(len(files), 8))) / min(len(files), 8)
-        need, limit = need * 4 * len(files), cache_gb
-        if limit is None:
-            limit = shutil.disk_usage(folder.parent).free / 2 / 1e9
-        if need / 1e9 > limit:
-            print(
-                f"{dataset.name}/{split}: about {need / 1e9:.1f} GB decoded, more than --cache-gb "
-                f"{limit:.1f}: no cache, the files are read by worker processes"
-            )
+        pixels = sum(files.label(i).size for i in range(min(len(files), 8))) / min(len(files), 8)
+        title = f"{dataset.name}/{split}"
+        if too_large(4 * pixels * len(files), folder.parent, cache_gb, title):
             return files
-        build_cache(folder, files, f"{dataset.name}/{split}")
+        build_cache(folder, files, title)
     return Packed(
         np.memmap(folder / "images.bin", np.uint8, "r"),
         np.memmap(folder / "labels.bin", np.uint8, "r"),
         np.load(folder / "index.npy"),
     )
+
+
+def too_large(need, folder, cache_gb, title):
+    """Whether a cache of `need` bytes would pass --cache-gb, or half of what is free there."""
+    limit = shutil.disk_usage(folder).free / 2 / 1e9 if cache_gb is None else cache_gb
+    if need / 1e9 > limit:
+        print(
+            f"{title}: about {need / 1e9:.1f} GB decoded, more than --cache-gb {limit:.1f}: no "
+            "cache, the files are read by worker processes"
+        )
+    return need / 1e9 > limit
 
 
 def pack_scenes(pairs, table):
@@ -166,15 +171,18 @@ def cache_key(dataset, pairs):
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def build_cache(folder, files, title):
-    """Decode all files, in parallel, into a folder that gets its name when it is complete."""
+def build_cache(folder, files, title, write=None):
+    """Decode all files, in parallel, into a folder that gets its name when it is complete.
+
+    write(files, folder, title) puts the pixels there and returns the images' sizes (N, 2).
+    """
     tmp = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
     for old in folder.parent.glob(f"{folder.name}.tmp*"):
         if time.time() - old.stat().st_mtime > 600:  # nobody works on it: a build that was killed
             shutil.rmtree(old, ignore_errors=True)
     try:
         tmp.mkdir()
-        np.save(tmp / "index.npy", index_of(decode(files, tmp, title)))
+        np.save(tmp / "index.npy", index_of((write or decode)(files, tmp, title)))
         try:
             os.rename(tmp, folder)
             print(f"cache {title}: {len(files)} images in {folder}", flush=True)

@@ -166,7 +166,7 @@ def run_steps(run, stage, parts, batches, loss_terms, schedule, batch_size, scor
     learner, optimizer, scaler = parts["learner"], parts["optimizer"], parts["scaler"]
     wrapped = parallel.wrap(learner, run.device)
     watch = Watch(run, stage, first, total, batch_size)
-    batches = stream(run, batches, first, total)
+    batches = load(run, batches, range(first * args.accumulate, total * args.accumulate))
     learner.train()
     saved = time.time()
     for step in range(first, total):
@@ -210,13 +210,12 @@ def restore(run, stage, parts):
     return first
 
 
-def stream(run, batches, first, last):
-    """The host batches of the steps from `first` to `last`, prepared by --workers processes."""
-    accumulate = run.args.accumulate
+def load(run, batches, numbers):
+    """The host batches of these numbers, in their order, prepared by --workers processes."""
     loader = torch.utils.data.DataLoader(
         batches,
         batch_size=None,
-        sampler=range(first * accumulate, last * accumulate),
+        sampler=numbers,
         num_workers=run.args.workers,
         pin_memory=run.device.type == "cuda",
     )

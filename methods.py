@@ -82,10 +82,10 @@ FLAGS = {
 }
 
 
-def add_flags(parser):
+def add_flags(parser, flags=FLAGS):
     """A flag for everything that a method lets one choose."""
     group = parser.add_argument_group("the methods' own choices")
-    for name, (kind, words) in FLAGS.items():
+    for name, (kind, words) in flags.items():
         if kind is bool:
             how = dict(action="store_const", const=True)
         elif kind is str:
@@ -99,15 +99,15 @@ def add_flags(parser):
         group.add_argument("--" + name.replace("_", "-"), help=words, **how)
 
 
-def limits():
+def limits(flags=FLAGS):
     """Smallest and largest value of the flags that are numbers."""
-    numbers = {name: kind for name, (kind, _) in FLAGS.items() if isinstance(kind, tuple)}
+    numbers = {name: kind for name, (kind, _) in flags.items() if isinstance(kind, tuple)}
     return {name: kind[1:] for name, kind in numbers.items() if isinstance(kind[0], type)}
 
 
-def chosen(args):
+def chosen(args, flags=FLAGS):
     """The methods' flags that were given."""
-    return {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    return {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
 
 
 def build(spec, net, teacher=None, **options):

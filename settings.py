@@ -127,11 +127,12 @@ def get_args(argv=None):
     p.add_argument("--crop-size", type=int, nargs="+", help="height and width, or one for both")
     p.add_argument("--scale", type=float, nargs=2, help="range of the random resize before it")
     p.add_argument("--colour", type=float, help="strength of the colour changes; 0: none")
+    p.add_argument("--protocol", choices=("full", "paper"), help="of scoring, see eval.py")
     add_run_flags(p)
     return p.parse_args(argv)
 
 
-def add_run_flags(p):
+def add_run_flags(p, eval_batch_size=8):
     """Where a run lives, on what it runs, and what it tells."""
     yes_or_no = argparse.BooleanOptionalAction
     p.add_argument("--out-dir", help="(out/DATASET-STUDENT-METHOD)")
@@ -144,9 +145,8 @@ def add_run_flags(p):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of autocast")
     p.add_argument("--compile", action=yes_or_no, default=False, help="torch.compile the training")
-    p.add_argument("--protocol", choices=("full", "paper"), help="of scoring, see eval.py")
     p.add_argument("--eval-every", type=int, default=0, help="also score every N steps")
-    p.add_argument("--eval-batch-size", type=int, default=8)
+    p.add_argument("--eval-batch-size", type=int, default=eval_batch_size)
     p.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
     p.add_argument("--log-every", type=float, default=5, help="seconds between lines")
 
@@ -159,14 +159,11 @@ def resolve(args):
     for name in PAPER_DECIDES if args.recipe == "paper" else ():
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} has no effect with --recipe paper")
-    defaults = dict(dtype="float32")
+    defaults = dict(dtype=fast_dtype(args.device))
     defaults |= DEFAULTS[args.dataset] | (PAPER if args.recipe == "paper" else {})
     defaults.setdefault("protocol", "full")
     if args.recipe == "paper":
         defaults.pop("max_iters")  # counted in epochs: open_run knows how long one is
-    if model.get_device(args.device).type == "cuda":
-        bf16 = torch.cuda.get_device_capability()[0] >= 8  # older ones only emulate it
-        defaults |= dict(dtype="bfloat16" if bf16 else "float16")
     if "transkd" not in args.method or args.feature_loss == "none":
         defaults.pop("csf_norm", None)
     for name, value in defaults.items():
@@ -182,11 +179,7 @@ def resolve(args):
         raise UserError("one image at a time needs a --crop-size of 64, for its batch norms")
     if not 0 < args.scale[0] <= args.scale[1]:
         raise UserError(f"--scale {args.scale}: two positive numbers, the smaller first")
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {value}: must be {low} to {high}")
+    check_limits(args, LIMITS)
     args.teacher_batch_size = args.teacher_batch_size or args.batch_size
     if args.teacher_ckpt or args.method == "none":
         return  # what there is to check of a teacher that is there, find_teacher does
@@ -194,6 +187,22 @@ def resolve(args):
         words = "cannot learn from one image at a time: --teacher-batch-size 2 at least"
         raise UserError(f"{args.teacher} normalises a map of 1x1 over the batch and {words}")
     check_method(args)
+
+
+def fast_dtype(device):
+    """The --dtype that suits a device best."""
+    if model.get_device(device).type == "cpu":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"  # or emulated
+
+
+def check_limits(args, limits):
+    """UserError for a flag that is a number and not within its (smallest, largest) value."""
+    for name, (low, high) in limits.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {value}: must be {low} to {high}")
 
 
 def build_method(args, name, net, teacher=None):
@@ -213,9 +222,9 @@ def settings(args):
     return {name: value for name, value in vars(args).items() if name not in FREE}
 
 
-def command_line(args):
+def command_line(args, script="train.py"):
     """The command that says in full what was chosen by default."""
-    words = ["python train.py"]
+    words = [f"python {script}"]
     for name, value in settings(args).items():
         if name in PAPER_DECIDES and args.recipe == "paper":
             continue

@@ -3,6 +3,8 @@ One step of training: the teacher looks, the student is compared with labels and
 weights move. What `train.py` repeats and `bench.py` times.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -52,9 +54,11 @@ class Teacher(nn.Module):
         return out
 
 
-def learning_rate(step, peak, total, warmup=0.0, paper_epoch=None):
-    """lr of `step` (from 0): linear warm-up over a share of the run, then linear to 0 at `total`.
+def learning_rate(step, peak, total, warmup=0.0, decay="linear", paper_epoch=None):
+    """lr of `step` (from 0): linear warm-up over a share of the run, then down to 0 at `total`.
 
+    decay: linear, or cosine, peak * (1 + cos(pi x)) / 2 with x from 0 to 1 (SGDR, Loshchilov &
+    Hutter 2017, eq. 5).
     paper_epoch: steps in an epoch; then it is the paper's, which changes once an epoch (from 1).
     """
     if paper_epoch:
@@ -62,7 +66,8 @@ def learning_rate(step, peak, total, warmup=0.0, paper_epoch=None):
     rise = round(warmup * total)
     if step < rise:
         return peak * (step + 1) / (rise + 1)
-    return peak * (total - step) / (total - rise)
+    left = (total - step) / (total - rise)
+    return peak * (left if decay == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 def parameter_groups(module, weight_decay, everything=False):

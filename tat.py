@@ -16,12 +16,14 @@ views of the same maps are used instead, one for detail, one for context:
     anchor points   the map is average-pooled to a fixed number of points, and these are compared
 
     L = CE + 1.6 * L(patch groups) + 0.64 * L(anchor points)
+
+An image classifier's last map is small enough for the whole: WholeTaT, for pretrain.py.
 """
 
 import torch.nn.functional as F
 from torch import nn
 
-from distill import full_precision, refuse_idle, to_grid
+from distill import conv_bn, full_precision, refuse_idle, to_grid
 from model import to_tokens
 
 
@@ -141,6 +143,33 @@ class TaT(nn.Module):
                 points = (anchor_points(x, self.anchors) for x in maps)
                 terms["anchors"] = self.anchor_weight * self.mismatch(*points)
         return terms
+
+
+class WholeTaT(nn.Module):
+    """The ImageNet variant: all positions of the last map at once, t its own key and target.
+
+        q = BN(Conv3x3(s))    v = BN(Conv3x3(s))    k = t    tat_weight * L(q, k, v, t)
+
+    Channels (..., C_s), (..., C_t): the last stage's map of each is compared, the teacher's at the
+    student's size. Of the authors' two commands one weighs 0.1 CE + 0.2 TaT, the other 0.5 CE +
+    0.5 KL at T = 1 + 0.1 TaT.
+    """
+
+    needs_teacher, needs_logits = True, False
+
+    def __init__(self, student_channels, teacher_channels, tat_axis="teacher", tat_weight=0.2):
+        super().__init__()
+        student, teacher = student_channels[-1], teacher_channels[-1]
+        self.query, self.value = conv_bn(student, teacher, 3), conv_bn(student, teacher, 3)
+        self.axis, self.weight = tat_axis, tat_weight
+
+    def forward(self, student, teacher, images, labels):
+        s = student.features[-1]
+        with full_precision(s):
+            s = s.float()
+            t = to_grid(teacher.features[-1].float(), s.shape[2:])
+            q, v, t = (to_tokens(x) for x in (self.query(s), self.value(s), t))  # (B, h * w, C_t)
+            return {"tat": self.weight * (attend(q, t, v, self.axis) - t).square().mean()}
 
 
 METHODS = {"tat": TaT}

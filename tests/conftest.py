@@ -39,6 +39,21 @@ def write_folder(root, train=6, val=3, classes=3, **kw):
     return root
 
 
+def write_photos(root, train=6, val=2, classes=3):
+    """A class a colour, photos of many sizes: root/train/CLASS/*, root/val/CLASS/*."""
+    rng = np.random.default_rng(0)
+    suffixes = ("jpg", "png", "webp", "JPEG")
+    for split, count in (("train", train), ("val", val)):
+        for k in range(classes):
+            place = root / split / f"thing{k}"
+            place.mkdir(parents=True)
+            for i in range(count):
+                size = (*rng.integers(33, 70, 2), 3)
+                pixels = (COLOURS[k % 3] + rng.normal(0, 30, size)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(place / f"{i}.{suffixes[i % 4]}")
+    return root
+
+
 @pytest.fixture
 def folder(tmp_path):
     return write_folder(tmp_path / "data")

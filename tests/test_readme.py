@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_folder
+from conftest import write_folder, write_photos
 from test_catalog import cityscapes
 from test_data import write_camvid
 from test_weights import nvlabs
@@ -21,6 +21,7 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 INSTALL, *COMMANDS = [block.strip().split("\n") for block in BLOCKS]
 HUB, RELEASE = "hub.pth", "segformerb0_TransKDBase_cityscapes.pth"
 SMALL = "--student nano --teacher nano --crop-size 32 --batch-size 4 --max-iters 1".split()
+SMALL_PHOTOS = "--model nano --size 32 --batch-size 4 --max-iters 1".split()
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def place(tmp_path_factory):
     write_folder(place / "data/nyuv2", classes=40)
     write_camvid(place / "data/camvid")
     cityscapes(place / "data/cityscapes")
+    write_photos(place / "data/imagenet")
     (place / "weights").mkdir()
     encoder = nvlabs(model.build("nano", 5).encoder.state_dict(prefix="encoder."), prefix="")
     torch.save(encoder, place / "weights/mit_b2.pth")
@@ -63,6 +65,8 @@ def test_command(place, line):
         python = [sys.executable]
     if "train.py" in argv:
         argv += SMALL
+    if "pretrain.py" in argv:
+        argv = [word for word in argv if word not in ("--epochs", "300")] + SMALL_PHOTOS
     if "--recipe" in argv:  # whole images, 512 high: two at a time are enough
         at = argv.index("--crop-size")
         argv[at : at + 4] = ["--batch-size", "2", "--teacher-batch-size", "2"]

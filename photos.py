@@ -1,0 +1,275 @@
+"""
+Photos with a class each, in folders: DIR/train/CLASS/*.jpg, DIR/val/CLASS/*.jpg (ImageNet's way).
+
+Photos are kept at a stored resolution, their shorter side at most `store` pixels: decoded once into
+a memory map, or, where that would be too large, by worker processes at every use, to the same
+pixels. For training a random window of each is looked at (Szegedy et al., "Going Deeper with
+Convolutions", 2015, section 6), for scoring the middle.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import augment
+import catalog
+import data
+from files import UserError, some
+from model import IMAGENET_MEAN, IMAGENET_STD
+
+SUFFIXES = (*catalog.IMAGE_SUFFIXES, ".webp")
+ASPECT = 3 / 4, 4 / 3  # width to height of a random window
+
+# ------------------------------------------------------------------------------------------------
+# a split
+
+
+@dataclasses.dataclass
+class Photos:
+    """len(), image(i) (H, W, 3) uint8 and labels (N,) int64, the classes' places in `classes`."""
+
+    folder: Path
+    names: np.ndarray  # (N,) bytes, CLASS/FILE: one array, which worker processes share
+    labels: np.ndarray
+    classes: list
+    store: int
+    packed: data.Packed | None = None
+
+    def __len__(self):
+        return len(self.names)
+
+    def path(self, i):
+        return self.folder / os.fsdecode(self.names[i])
+
+    def image(self, i):
+        if self.packed:
+            return self.packed.image(i)
+        return shrink(catalog.read_image(self.path(i)), self.store)
+
+
+def shrink(image, side):
+    """An image (H, W, 3) whose shorter side is at most `side`, resized with antialiasing."""
+    h, w = image.shape[:2]
+    return image if min(h, w) <= side else resize(image, side)
+
+
+def resize(image, side):
+    h, w = image.shape[:2]
+    s = side / min(h, w)
+    size = round(w * s), round(h * s)
+    return np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+
+
+def centre(image, size):
+    """The middle (size, size, 3) of an image, which is enlarged if it is smaller than that."""
+    if min(image.shape[:2]) < size:
+        image = resize(image, size)
+    top, left = ((n - size) // 2 for n in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def find(root, split, store):
+    """The photos of root/split/CLASS and of the folders in there, class by class in their order."""
+    folder = Path(root) / split
+    layout = f"expected {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; {layout}")
+    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
+    if len(classes) < 2:
+        raise UserError(f"{folder}: {len(classes)} folders of classes, 2 at least; {layout}")
+    names, labels = [], []
+    for label, name in enumerate(classes):
+        found = []
+        for where, inner, there in os.walk(folder / name):
+            inner.sort()
+            place = os.path.relpath(where, folder)
+            found += [f"{place}/{f}" for f in sorted(there) if f.lower().endswith(SUFFIXES)]
+        if not found:
+            raise UserError(f"{folder / name}: no photos in it ({', '.join(SUFFIXES)})")
+        names += map(os.fsencode, found)
+        labels += [label] * len(found)
+    return Photos(folder, np.array(names), np.array(labels), classes, store)
+
+
+def open_splits(root, store, cache="on", cache_dir=None, cache_gb=None):
+    """The photos of train and val, decoded once into a cache unless that is off or too large."""
+    splits = [find(root, split, store) for split in ("train", "val")]
+    train, val = (split.classes for split in splits)
+    odd = sorted({*train} ^ {*val})
+    if odd:
+        raise UserError(
+            f"{root}: train has {len(train)} classes, val {len(val)}; in only one of them: "
+            f"{some(odd)}"
+        )
+    if cache == "on":
+        home = data.cache_folder(root, cache_dir)
+        for split in splits:
+            split.packed = open_cache(split, home, cache_gb)
+    return splits
+
+
+def open_cache(photos, home, cache_gb):
+    """The decoded photos, decoded now if they were not; None if they are too many."""
+    title = f"{photos.folder.name}-{photos.store}"
+    folder = home / f"photos-{title}-{cache_key(photos)}"
+    if not folder.is_dir():
+        sample = np.linspace(0, len(photos) - 1, min(len(photos), 32)).astype(int)
+        size = np.mean([photos.image(i).size for i in sample])
+        if data.too_large(size * len(photos), home, cache_gb, title):
+            return None
+        data.build_cache(folder, photos, title, decode)
+    pixels = np.memmap(folder / "images.bin", np.uint8, "r")
+    return data.Packed(pixels, None, np.load(folder / "index.npy"))
+
+
+def cache_key(photos):
+    """Changes with any file's name, size or time."""
+    facts = hashlib.sha256(str(photos.folder.resolve()).encode())
+    for i, name in enumerate(photos.names.tolist()):
+        stat = os.stat(photos.path(i))
+        facts.update(json.dumps([os.fsdecode(name), stat.st_size, stat.st_mtime_ns]).encode())
+    return facts.hexdigest()[:16]
+
+
+def decode(photos, folder, title):
+    """Append every photo to images.bin, in order; returns their sizes."""
+    sizes = []
+    with open(folder / "images.bin", "wb") as pixels:
+        for image in catalog.in_parallel(photos.image, range(len(photos)), f"cache {title}"):
+            pixels.write(image.tobytes())
+            sizes.append(image.shape[:2])
+            os.utime(folder)  # still alive
+    return sizes
+
+
+# ------------------------------------------------------------------------------------------------
+# batches to learn from: made on the host by `host_batch`, finished on the device by `device_batch`
+
+
+@dataclasses.dataclass
+class Crops:
+    """What is done to a photo on its way into a batch."""
+
+    size: int  # of the batch, (size, size)
+    area: tuple = (0.08, 1.0)  # of the window, as a share of the photo's
+    colour: float = 0.5  # strength of the photometric change, 0 = none
+    mixup: float = 0.0  # Beta(a, a) of a photo's share in its mixture with another; 0 = none
+    cutmix: float = 0.0  # likewise, of its share in the picture's area
+
+
+def window(rng, height, width, area):
+    """A random window: (top, left, h, w). As torchvision's RandomResizedCrop: ten tries."""
+    for _ in range(10):
+        pixels = height * width * rng.uniform(*area)
+        aspect = math.exp(rng.uniform(*np.log(ASPECT)))
+        h, w = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            return int(top), int(left), h, w
+    h = min(height, round(width / ASPECT[0]))  # too long or too high: the middle
+    w = min(width, round(height * ASPECT[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def mixture(rng, size, mixup, cutmix):
+    """How a photo is mixed with another: its share, and the box (y0, y1, x0, x1) without it.
+
+    mixup (Zhang et al., arXiv 1710.09412) everywhere with its share; CutMix (Yun et al., arXiv
+    1905.04899, eq. 1-2) with the other one in a box. With both, either of them by a coin.
+    """
+    if mixup and not (cutmix and rng.random() < 0.5):
+        return rng.beta(mixup, mixup), (0, 0, 0, 0)
+    if not cutmix:
+        return 1.0, (0, 0, 0, 0)
+    half = size * math.sqrt(1 - rng.beta(cutmix, cutmix)) / 2
+    middle = rng.uniform(0, size, 2)
+    box = [round(min(max(m + d, 0), size)) for m in middle for d in (-half, half)]
+    return 1.0, tuple(box)
+
+
+def host_batch(photos, step, batch_size, seed, a, rows):
+    """Batch `step` as it travels: windows cut from the photos, and where to look in them.
+
+    rows: the slice of the batch that this process works on. Called by augment.Batches.
+    """
+    items = []
+    indices = augment.sample_indices(step, batch_size, len(photos), seed)
+    for k in range(batch_size)[rows]:
+        rng = np.random.default_rng([seed, 2, step * batch_size + k])  # the place in the stream
+        image = photos.image(indices[k])
+        top, left, h, w = window(rng, *image.shape[:2], a.area)
+        flip = rng.random() < 0.5
+        y, _ = augment.axis(a.size, a.size / h, 0, False, h)
+        x, _ = augment.axis(a.size, a.size / w, 0, flip, w)
+        share, box = mixture(rng, a.size, a.mixup, a.cutmix)
+        items.append(
+            dict(
+                image=image[top : top + h, left : left + w],
+                y=y.astype(np.float32),
+                x=x.astype(np.float32),
+                colour=augment.colour_matrix(rng, a.colour),
+                share=np.float32(share),
+                box=np.array(box),
+                label=photos.labels[indices[k]],
+            )
+        )
+    return augment.collate(items)
+
+
+def device_batch(batch, device, num_classes, mixed=False):
+    """Host batch -> normalised images (B, 3, S, S) and the classes' shares (B, K), on `device`.
+
+    mixed: photos are mixed with their neighbours, the first with the second and so on.
+    """
+    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    images = augment.normalise(augment.look(batch), IMAGENET_MEAN, IMAGENET_STD)
+    targets = F.one_hot(batch["label"], num_classes).float()
+    if mixed:
+        at = torch.arange(images.shape[2], device=images.device)
+        y0, y1, x0, x1 = batch["box"][:, :, None].unbind(1)  # (B, 1) each
+        y, x = (at >= y0) & (at < y1), (at >= x0) & (at < x1)  # (B, S)
+        own = batch["share"][:, None, None, None] * ~(y[:, None, :, None] & x[:, None, None, :])
+        images = own * images + (1 - own) * neighbours(images)
+        own = own.mean((2, 3))  # (B, 1)
+        targets = own * targets + (1 - own) * neighbours(targets)
+    return images.contiguous(memory_format=torch.channels_last), targets
+
+
+def neighbours(x):
+    """The rows of x in the order 1, 0, 3, 2, ..."""
+    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# batches to score
+
+
+class Middles(torch.utils.data.Dataset):
+    """Item k: the middles of a few photos, uint8 (b, S, S, 3), and their labels (b,).
+
+    Process `rank` of `world` gets every world-th photo. Errors are returned, as by augment.Batches.
+    """
+
+    def __init__(self, photos, size, batch_size, rank=0, world=1):
+        self.photos, self.size, self.batch_size = photos, size, batch_size
+        self.indices = range(rank, len(photos), world)
+
+    def __len__(self):
+        return -(-len(self.indices) // self.batch_size)
+
+    def __getitem__(self, k):
+        few = self.indices[k * self.batch_size : (k + 1) * self.batch_size]
+        try:
+            images = np.stack([centre(self.photos.image(i), self.size) for i in few])
+        except UserError as e:
+            return e
+        labels = self.photos.labels[list(few)]
+        return dict(image=torch.from_numpy(images), label=torch.from_numpy(labels))

@@ -1,0 +1,319 @@
+"""
+ImageNet weights of your own: an encoder trained as an image classifier, alone or from a teacher.
+
+    python pretrain.py --data-dir D --model b0     # D/train/CLASS/*.jpg and D/val/CLASS/*.jpg
+    python pretrain.py --data-dir D --model b0 --teacher out/b2/encoder.pt --method kd
+    torchrun --nproc_per_node=8 pretrain.py --data-dir D --model b2 --batch-size 1024
+    python train.py --teacher b2 --teacher-init out/b2/encoder.pt ...
+
+Between classifiers soft labels, manifold distillation and TaT are what their papers have: those of
+train.py are made for maps of labels.
+"""
+
+import argparse
+import functools
+import math
+import os
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import augment
+import baselines
+import classifiers
+import distill
+import files
+import loop
+import manifold
+import methods
+import model
+import parallel
+import photos
+import settings
+import tat
+from eval import autocast, percent
+from files import UserError
+from step import Teacher
+
+METHODS = {
+    "none": distill.NoDistillation,
+    "kd": baselines.PixelKD,
+    "manifold": manifold.Manifold,
+    "tat": tat.WholeTaT,
+}
+# Weights as in the papers' commands. manifold+kd has no label loss; tat alone and with kd are two
+# commands. In kd and manifold alone they are ours.
+WEIGHTS = {
+    "none": dict(ce_weight=1.0),
+    "kd": dict(ce_weight=0.5, kd_weight=0.5),
+    "manifold": dict(ce_weight=1.0),
+    "manifold+kd": dict(ce_weight=0.0, kd_weight=1.0),
+    "tat": dict(ce_weight=0.1, tat_weight=0.2),
+    "tat+kd": dict(ce_weight=0.5, kd_weight=0.5, tat_weight=0.1),
+}
+FLAGS = {
+    name: how
+    for name, how in methods.FLAGS.items()
+    if name in ("kd_weight", "temperature", "tat_axis") or name.startswith("manifold_")
+}
+FLAGS |= {"tat_weight": (methods.WEIGHT, "of tat; as published 0.2, and with kd 0.1")}
+LIMITS = settings.LIMITS | methods.limits(FLAGS)
+LIMITS |= dict.fromkeys("ce_weight mixup cutmix".split(), (0, 1e9))
+LIMITS |= dict.fromkeys("label_smoothing drop_path".split(), (0, 0.999))
+LIMITS |= dict.fromkeys("size store patch".split(), (1, 4096)) | dict(epochs=(1e-9, 1e9))
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(
+        description="Train an image classifier, to start segmentation from its encoder.",
+        allow_abbrev=False,
+    )
+    p.add_argument("--data-dir", required=True, help="holds train/CLASS/*.jpg and val/CLASS/*.jpg")
+    p.add_argument("--model", default="b0", help=f"one of {', '.join(classifiers.NAMES)}")
+    p.add_argument("--size", type=int, default=224, help="height and width of what the net sees")
+    p.add_argument(
+        "--store",
+        type=int,
+        help="shorter side to which larger photos are shrunk when read: windows are cut from "
+        "these, and what is scored is their middle (8/7 of --size)",
+    )
+    p.add_argument("--patch", type=int, help="of a ViT, in pixels (16; 8 for a --size below 128)")
+    p.add_argument("--drop-path", type=float, help="stochastic depth, not of a ViT (0.1; lvt: 0)")
+    # distillation
+    p.add_argument("--teacher", help="an encoder.pt: a classifier of the same classes teaches")
+    p.add_argument("--method", default="none", help=f"of distillation: {', '.join(WEIGHTS)}")
+    p.add_argument(
+        "--ce-weight", type=float, help="of the labels; as published for the method, alone 1"
+    )
+    methods.add_flags(p, FLAGS)
+    # how long, how fast
+    p.add_argument("--epochs", type=float, help="through the training photos (100)")
+    p.add_argument("--max-iters", type=int, help="steps, in place of --epochs")
+    p.add_argument("--batch-size", type=int, default=256, help="photos a step, of all processes")
+    p.add_argument("--accumulate", type=int, default=1, help="parts of a batch that is too big")
+    p.add_argument("--lr", type=float, help="peak learning rate (5e-4 * batch size / 512, as DeiT)")
+    p.add_argument("--warmup", type=float, default=0.05, help="share of the steps it rises in")
+    p.add_argument("--decay", choices=("cosine", "linear"), default="cosine", help="of the rate")
+    p.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
+    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
+    p.add_argument("--label-smoothing", type=float, help="of the cross-entropy (0.1)")
+    # augmentation
+    p.add_argument(
+        "--area",
+        type=float,
+        nargs=2,
+        default=[0.08, 1.0],
+        help="range of the share of a photo that a random window shows",
+    )
+    p.add_argument("--colour", type=float, default=0.5, help="strength of its changes; 0: none")
+    p.add_argument("--mixup", type=float, default=0.0, help="A of Beta(A, A), e.g. 0.8; 0: none")
+    p.add_argument("--cutmix", type=float, default=0.0, help="likewise, e.g. 1; both: by a coin")
+    settings.add_run_flags(p, eval_batch_size=64)
+    return p.parse_args(argv)
+
+
+def resolve(args):
+    """Fill in what was not given, and check what can be checked before the data."""
+    settings.check_limits(args, LIMITS)
+    if args.method not in WEIGHTS:
+        raise UserError(f"unknown method '{args.method}': choose one of {', '.join(WEIGHTS)}")
+    if bool(args.teacher) != (args.method != "none"):
+        lack = "--teacher: what it is to teach" if args.teacher else "--method: who teaches it"
+        other = "--method" if args.teacher else "--teacher"
+        raise UserError(f"{lack} is missing, pass {other} too")
+    if args.epochs and args.max_iters:
+        raise UserError("--epochs has no effect with --max-iters: pass one of them")
+    if not 0 < args.area[0] <= args.area[1] <= 1:
+        raise UserError(f"--area {args.area}: two shares up to 1, the smaller first")
+    args.store = args.store or round(args.size * 8 / 7)
+    if args.store < args.size:
+        raise UserError(f"--store {args.store}: less than the --size of {args.size}")
+    for name, value in WEIGHTS[args.method].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if not args.ce_weight:
+        if "kd" not in args.method or not args.kd_weight:
+            raise UserError("--ce-weight 0 and no soft labels: the classifier learns from nothing")
+        if args.label_smoothing:
+            raise UserError("--label-smoothing has no effect with --ce-weight 0")
+    if args.label_smoothing is None:
+        args.label_smoothing = 0.1 if args.ce_weight else 0.0
+    args.dtype = args.dtype or settings.fast_dtype(args.device)
+    args.lr = args.lr or 5e-4 * args.batch_size / 512
+    args.out_dir = args.out_dir or f"out/pretrain-{args.model}-{args.size}-{args.method}"
+    with torch.device("meta"):
+        classifiers.build(args.model, 2, args.size, args.patch, args.drop_path)
+    if args.model in classifiers.VITS:
+        args.patch = args.patch or classifiers.default_patch(args.size)
+
+
+# ------------------------------------------------------------------------------------------------
+# the run
+
+
+def open_run(args):
+    """(run, its photos to learn from, those to score); resumes the run in --out-dir if asked."""
+    place = loop.start(args, [args.batch_size], ("encoder.pt",))
+    if (args.mixup or args.cutmix) and args.batch_size // args.accumulate // place["world"] % 2:
+        raise UserError("--mixup and --cutmix take photos in pairs: an even number a process")
+    cache = args.store, args.cache, args.cache_dir, args.cache_gb
+    train, val = parallel.first_then_others(lambda: photos.open_splits(args.data_dir, *cache))
+    if args.workers is None:
+        args.workers = 4 if place["device"].type == "cuda" else 0
+        if not train.packed:  # decoding is what takes time
+            args.workers = max(1, (os.cpu_count() or 1) // place["world"])
+    if not args.max_iters:
+        args.max_iters = math.ceil((args.epochs or 100) * len(train) / args.batch_size)
+        args.epochs = None
+    place["out"].mkdir(parents=True, exist_ok=True)
+    run = loop.Run(args=args, **place)
+    if args.resume:
+        loop.resume(run)
+    return run, train, val
+
+
+def open_teacher(run, classes):
+    """The classifier of --teacher, if it knows these classes at this size."""
+    args = run.args
+    net, facts = classifiers.load(args.teacher)
+    if facts["classes"] != classes:
+        n, known = len(classes), facts["classes"]
+        raise UserError(
+            f"{args.teacher}: knows {len(known)} classes ({files.some(known, 3)}), {args.data_dir} "
+            f"has {n} ({files.some(classes, 3)})"
+        )
+    vits = [name in classifiers.VITS for name in (net.name, args.model)]
+    if vits[0] and facts["size"] != args.size:
+        raise UserError(f"{args.teacher}: a {net.name} for --size {facts['size']} only")
+    if "manifold" in args.method and vits[0] != vits[1]:
+        raise UserError(f"manifold compares blocks, or stages: no {args.model} with a {net.name}")
+    return loop.freeze(net, run.device)
+
+
+def build_method(args, net, teacher):
+    """The method of --method between two classifiers; between ViTs manifold looks at BLOCKS."""
+    options = methods.chosen(args, FLAGS)
+    if "manifold" in args.method and net.name in classifiers.VITS:
+        if args.manifold_stages:
+            raise UserError(f"--manifold-stages has no effect on {net.name}: it has no stages")
+        options["manifold_stages"] = range(1, len(classifiers.BLOCKS) + 1)
+    channels = net.channels, teacher and teacher.channels
+    return distill.build_method(args.method, *channels, METHODS, **options)
+
+
+class Learner(nn.Module):
+    """The student and what teaches it: one module, so that DDP keeps the adapters in step too."""
+
+    def __init__(self, student, method, ce_weight, label_smoothing):
+        super().__init__()
+        self.student, self.method = student, method
+        self.ce_weight, self.smoothing = ce_weight, label_smoothing
+
+    def forward(self, images, targets, seen):
+        """images (B, 3, S, S), targets (B, K): the shares of the classes; the dict of terms."""
+        out, terms = self.student(images), {}
+        if self.ce_weight:
+            ce = F.cross_entropy(out.logits.float(), targets, label_smoothing=self.smoothing)
+            terms["ce"] = self.ce_weight * ce
+        return terms | self.method(out, seen, images, None)
+
+
+def loss_terms(run, classes, looks, learner, batch):
+    """Forward passes of teacher and student: the dict of loss terms."""
+    mixed = bool(run.args.mixup or run.args.cutmix)
+    images, targets = photos.device_batch(batch, run.device, classes, mixed)
+    with autocast(run.device, run.args.dtype):
+        return learner(images, targets, looks and looks(images))
+
+
+def train_classifier(run, net, teacher, train, val):
+    """Train `net`; returns the seconds that took."""
+    args, start = run.args, time.time()
+    method = build_method(args, net, teacher)
+    learner = Learner(net, method, args.ce_weight, args.label_smoothing)
+    parts = loop.place(run, learner, args.lr)
+    known = model.IMAGENET_MEAN, model.IMAGENET_STD
+    facts = dict(mean=known[0], std=known[1], void=None)
+    looks = Teacher(teacher, facts, *known, method.needs_logits) if teacher else None
+    if args.compile:
+        parts["learner"].compile()
+        if looks:
+            looks.compile()
+    crops = photos.Crops(args.size, tuple(args.area), args.colour, args.mixup, args.cutmix)
+    micro = args.batch_size // args.accumulate
+    batches = augment.Batches(
+        train, micro, args.seed, crops, run.rank, run.world, photos.host_batch
+    )
+    terms = functools.partial(loss_terms, run, len(train.classes), looks)
+    schedule = dict(peak=args.lr, total=args.max_iters, warmup=args.warmup, decay=args.decay)
+    scoring = functools.partial(score, run, val, "encoder")
+    loop.run_steps(run, "encoder", parts, batches, terms, schedule, args.batch_size, scoring)
+    return round(time.time() - start, 1)
+
+
+def hits(logits, labels, k):
+    """How many of the rows of logits (B, K) have their label (B,) among the k largest."""
+    best = logits.topk(min(k, logits.shape[1])).indices  # (B, k)
+    return (best == labels[:, None]).any(dim=1).sum()
+
+
+@torch.no_grad()
+def score(run, val, stage, net, step):
+    """Top-1 and top-5 on val, of which every process scores its share."""
+    args = run.args
+    middles = photos.Middles(val, args.size, args.eval_batch_size, run.rank, run.world)
+    found, training = torch.zeros(3, dtype=torch.float64), net.training
+    net.eval()
+    for batch in loop.load(run, middles, range(len(middles))):
+        images, labels = (batch[k].to(run.device, non_blocking=True) for k in ("image", "label"))
+        images = images.permute(0, 3, 1, 2).float() / 255  # channels-last (B, 3, S, S)
+        images = augment.normalise(images, model.IMAGENET_MEAN, model.IMAGENET_STD)
+        with autocast(run.device, args.dtype):
+            logits = net(images).logits.float()
+        found += torch.stack([hits(logits, labels, k) for k in (1, 5, logits.shape[1])]).cpu()
+    net.train(training)
+    top1, top5, n = parallel.process_mean(found).tolist()
+    metrics = dict(top1=top1 / n, top5=top5 / n, images=round(n * run.world))
+    shares = f"top-1 {percent(metrics['top1'])}  top-5 {percent(metrics['top5'])}"
+    run.print(f"{stage:7s} {step:6d} {shares}")
+    run.log(stage=stage, step=step, **metrics)
+    return metrics
+
+
+def main(args):
+    resolve(args)
+    run, train, val = open_run(args)
+    loop.catch_signals(run)
+    run.print(settings.command_line(args, "pretrain.py"))
+    classes = train.classes
+    run.print(f"{len(train)} photos to learn from, {len(val)} to score, {len(classes)} classes")
+    teacher = open_teacher(run, classes) if args.teacher else None
+    torch.manual_seed(args.seed)
+    net = classifiers.build(args.model, len(classes), args.size, args.patch, args.drop_path)
+    params = model.count_parameters(net)
+    if teacher and "teacher" not in run.results:
+        build_method(args, net, teacher)  # its errors before any work
+        found = score(run, val, "teacher", teacher, 0)
+        run.results["teacher"] = dict(model=teacher.name) | found
+    run.print(f"{args.model}, {params:,} parameters: {args.max_iters} steps of {args.batch_size}")
+    if "encoder" not in run.results:
+        seconds = train_classifier(run, net, teacher, train, val)
+        made = dict(model=args.model, params=params, steps=args.max_iters, seconds=seconds)
+        run.results["encoder"] = made | score(run, val, "encoder", net, args.max_iters)
+        if run.rank == 0:
+            known = dict(mean=list(model.IMAGENET_MEAN), std=list(model.IMAGENET_STD))
+            facts = dict(classes=classes, size=args.size, patch=args.patch, dtype=args.dtype)
+            classifiers.save(run.out / "encoder.pt", net, **facts, **known)
+        loop.save_state(run)
+    if run.rank == 0:
+        result = run.results["encoder"]
+        loop.save_metrics(run, dict(top1=result["top1"], top5=result["top5"]))
+    run.print(f"wrote encoder.pt (for --teacher-init, --student-init, --teacher) to {run.out}")
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    cli_args = get_args()
+    files.cli(main, cli_args)
