@@ -62,9 +62,9 @@ def shrink(image, side):
 
 
 def resize(image, side):
+    """An image whose shorter side is `side`."""
     h, w = image.shape[:2]
-    s = side / min(h, w)
-    size = round(w * s), round(h * s)
+    size = side * w // min(h, w), side * h // min(h, w)
     return np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
 
 
@@ -72,7 +72,7 @@ def centre(image, size):
     """The middle (size, size, 3) of an image, which is enlarged if it is smaller than that."""
     if min(image.shape[:2]) < size:
         image = resize(image, size)
-    top, left = ((n - size) // 2 for n in image.shape[:2])
+    top, left = (round((n - size) / 2) for n in image.shape[:2])
     return image[top : top + size, left : left + size]
 
 
