@@ -163,7 +163,7 @@ def open_run(args):
     if args.workers is None:
         args.workers = 4 if place["device"].type == "cuda" else 0
         if not train.packed:  # decoding is what takes time
-            args.workers = max(1, (os.cpu_count() or 1) // place["world"])
+            args.workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if not args.max_iters:
         args.max_iters = math.ceil((args.epochs or 100) * len(train) / args.batch_size)
         args.epochs = None

@@ -98,8 +98,9 @@ def test_windows_are_torchvisions_resized_crops(tree, monkeypatch):
     boxes, split = [], some_photos(tree)
     draw = photos.window
     monkeypatch.setattr(photos, "window", lambda *a: boxes.append(draw(*a)) or boxes[-1])
-    flipped = 0
+    flipped, different = 0, set()
     for step in range(6):
+        different |= {*boxes}
         boxes.clear()
         got = batch(split, photos.Crops(48, colour=0), step=step)
         images = augment.look(got)
@@ -111,7 +112,7 @@ def test_windows_are_torchvisions_resized_crops(tree, monkeypatch):
             flipped += int(errors[1] < errors[0])
             assert min(errors) < 1e-4
         assert got["label"].tolist() == [split.labels[i] for i in order]
-    assert 4 < flipped < 20
+    assert 4 < flipped < 20 and len(different) > 15  # each with its own window
 
 
 def test_windows_are_drawn_as_torchvision_draws_them():
@@ -452,6 +453,8 @@ def test_the_whole_job(tree, tmp_path, capsys):
     assert {p.name for p in out.iterdir()} == {"encoder.pt", "last.pt", "log.jsonl", "metrics.json"}
     assert metrics["top1"] >= 5 / 6 and metrics["top5"] == 1  # 3 classes, each a colour
     assert metrics["encoder"]["images"] == 6 and metrics["encoder"]["steps"] == 40
+    run(tree, tmp_path / "unseen", *more[:-2])
+    assert same(*encoders(out, tmp_path / "unseen"))  # scoring changes nothing
     scored = [r for r in logged(out) if "top1" in r]
     assert [r["step"] for r in scored] == [20, 40] and scored[-1]["top1"] == metrics["top1"]
     said = capsys.readouterr().out
@@ -491,10 +494,12 @@ def test_epochs_are_counted(tree, tmp_path):
     assert settings.settings(again) == settings.settings(args)
 
 
-def test_bfloat16_ten_steps(tree, tmp_path):
+@pytest.mark.parametrize("method", [None, "tat+kd", "manifold"])
+def test_bfloat16_ten_steps(tree, tmp_path, teacher, method):
+    more = ["--teacher", teacher, "--method", method] if method else ["--mixup", "0.8"]
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        run(tree, tmp_path / dtype, "--max-iters", "10", "--dtype", dtype, "--mixup", "0.8")
+        run(tree, tmp_path / dtype, "--max-iters", "10", "--dtype", dtype, *more)
         losses[dtype] = [r["ce"] for r in steps(tmp_path / dtype)]
     assert len(losses["bfloat16"]) == 10
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
