@@ -9,7 +9,6 @@ Convolutions", 2015, section 6), for scoring the middle.
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 from pathlib import Path
@@ -132,10 +131,11 @@ def open_cache(photos, home, cache_gb):
 
 def cache_key(photos):
     """Changes with any file's name, size or time."""
-    facts = hashlib.sha256(str(photos.folder.resolve()).encode())
-    for i, name in enumerate(photos.names.tolist()):
-        stat = os.stat(photos.path(i))
-        facts.update(json.dumps([os.fsdecode(name), stat.st_size, stat.st_mtime_ns]).encode())
+    folder = os.fsencode(photos.folder.resolve())
+    facts = hashlib.sha256(folder)
+    for name in photos.names.tolist():
+        stat = os.stat(os.path.join(folder, name))
+        facts.update(b"%s %d %d\n" % (name, stat.st_size, stat.st_mtime_ns))
     return facts.hexdigest()[:16]
 
 

@@ -144,7 +144,8 @@ def resolve(args):
     args.lr = args.lr or 5e-4 * args.batch_size / 512
     args.out_dir = args.out_dir or f"out/pretrain-{args.model}-{args.size}-{args.method}"
     with torch.device("meta"):
-        classifiers.build(args.model, 2, args.size, args.patch, args.drop_path)
+        net = classifiers.build(args.model, 2, args.size, args.patch, args.drop_path)
+        build_method(args, net, net)
     if args.model in classifiers.VITS:
         args.patch = args.patch or classifiers.default_patch(args.size)
 
@@ -174,22 +175,24 @@ def open_run(args):
     return run, train, val
 
 
-def open_teacher(run, classes):
-    """The classifier of --teacher, if it knows these classes at this size."""
-    args = run.args
+def open_teacher(args):
+    """The classifier of --teacher and the classes it knows; UserError if it cannot teach here."""
     net, facts = classifiers.load(args.teacher)
-    if facts["classes"] != classes:
-        n, known = len(classes), facts["classes"]
-        raise UserError(
-            f"{args.teacher}: knows {len(known)} classes ({files.some(known, 3)}), {args.data_dir} "
-            f"has {n} ({files.some(classes, 3)})"
-        )
     vits = [name in classifiers.VITS for name in (net.name, args.model)]
     if vits[0] and facts["size"] != args.size:
         raise UserError(f"{args.teacher}: a {net.name} for --size {facts['size']} only")
     if "manifold" in args.method and vits[0] != vits[1]:
         raise UserError(f"manifold compares blocks, or stages: no {args.model} with a {net.name}")
-    return loop.freeze(net, run.device)
+    return net, facts["classes"]
+
+
+def check_classes(args, known, classes):
+    """UserError if the teacher knows other classes than those of the photos."""
+    if known != classes:
+        raise UserError(
+            f"{args.teacher}: knows {len(known)} classes ({files.some(known, 3)}), {args.data_dir} "
+            f"has {len(classes)} ({files.some(classes, 3)})"
+        )
 
 
 def build_method(args, net, teacher):
@@ -284,28 +287,30 @@ def score(run, val, stage, net, step):
 
 def main(args):
     resolve(args)
+    teacher, known = open_teacher(args) if args.teacher else (None, None)
     run, train, val = open_run(args)
     loop.catch_signals(run)
     run.print(settings.command_line(args, "pretrain.py"))
     classes = train.classes
     run.print(f"{len(train)} photos to learn from, {len(val)} to score, {len(classes)} classes")
-    teacher = open_teacher(run, classes) if args.teacher else None
+    if teacher:
+        check_classes(args, known, classes)
+        loop.freeze(teacher, run.device)
     torch.manual_seed(args.seed)
     net = classifiers.build(args.model, len(classes), args.size, args.patch, args.drop_path)
     params = model.count_parameters(net)
     if teacher and "teacher" not in run.results:
-        build_method(args, net, teacher)  # its errors before any work
-        found = score(run, val, "teacher", teacher, 0)
-        run.results["teacher"] = dict(model=teacher.name) | found
+        scored = score(run, val, "teacher", teacher, 0)
+        run.results["teacher"] = dict(model=teacher.name) | scored
     run.print(f"{args.model}, {params:,} parameters: {args.max_iters} steps of {args.batch_size}")
     if "encoder" not in run.results:
         seconds = train_classifier(run, net, teacher, train, val)
         made = dict(model=args.model, params=params, steps=args.max_iters, seconds=seconds)
         run.results["encoder"] = made | score(run, val, "encoder", net, args.max_iters)
         if run.rank == 0:
-            known = dict(mean=list(model.IMAGENET_MEAN), std=list(model.IMAGENET_STD))
             facts = dict(classes=classes, size=args.size, patch=args.patch, dtype=args.dtype)
-            classifiers.save(run.out / "encoder.pt", net, **facts, **known)
+            facts |= dict(mean=list(model.IMAGENET_MEAN), std=list(model.IMAGENET_STD))
+            classifiers.save(run.out / "encoder.pt", net, **facts)
         loop.save_state(run)
     if run.rank == 0:
         result = run.results["encoder"]

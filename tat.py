@@ -150,8 +150,8 @@ class WholeTaT(nn.Module):
 
         q = BN(Conv3x3(s))    v = BN(Conv3x3(s))    k = t    tat_weight * L(q, k, v, t)
 
-    Channels (..., C_s), (..., C_t): the last stage's map of each is compared, the teacher's at the
-    student's size. Of the authors' two commands one weighs 0.1 CE + 0.2 TaT, the other 0.5 CE +
+    The last maps (B, C_s, h, w) and (B, C_t, H, W) are compared, the teacher's at the student's
+    size. Of the authors' two commands one weighs 0.1 CE + 0.2 TaT, the other 0.5 CE +
     0.5 KL at T = 1 + 0.1 TaT.
     """
 
