@@ -102,8 +102,9 @@ def host_batch(split, step, batch_size, seed, a, rows):
             at, inside = axis(round(n * ratio), s * ratio, start * ratio, flip, full)
             looks.append((np.floor(at + 0.5).astype(np.int64), inside))
         (y, y_inside), (x, x_inside) = looks
-        label = label[y[:, None], x]  # (h, w), nearest
-        item["label"] = np.where(y_inside[:, None] & x_inside, label, np.uint8(IGNORE))
+        label = label[y].take(x, axis=1)  # (h, w), nearest; rows first: four times as fast
+        label[~y_inside], label[:, ~x_inside] = IGNORE, IGNORE
+        item["label"] = label
         item["image"] = image[tuple(window)]
         items.append(item)
     return collate(items)

@@ -26,6 +26,7 @@ from model import PatchEmbed, init_weights, resize
 from parallel import process_mean, rank_and_world
 
 IGNORE = 255  # the label of pixels that no loss and no metric looks at
+CHUNK = 2**22  # logits at full size that the cross-entropy makes at a time, or one image's
 
 # ------------------------------------------------------------------------------------------------
 # losses: in float32, whatever the autocast, and means over what counts
@@ -33,8 +34,13 @@ IGNORE = 255  # the label of pixels that no loss and no metric looks at
 
 def valid_mean(values, valid):
     """Mean of `values` weighted by `valid` (>= 0); 0, not NaN, if nothing is valid."""
+    return (values * valid).sum() / valid_count(valid)
+
+
+def valid_count(valid):
+    """The sum of `valid`, a process's share of it if there are several; 1 if it is 0."""
     count = process_mean(valid.sum(dtype=torch.float32))
-    return (values * valid).sum() / torch.where(count > 0, count, torch.ones_like(count))
+    return torch.where(count > 0, count, torch.ones_like(count))
 
 
 def paper_weights(pixels):
@@ -47,13 +53,44 @@ def cross_entropy(logits, labels, class_weights=None):
 
     With class_weights (K,) it is the weighted mean, sum(w_y * ce) / sum(w_y), as in torch.
     """
-    logits = resize(logits.float(), labels.shape[1:])  # (B, K, H, W)
-    labels = labels.long()
-    valid = (labels != IGNORE).float()  # (B, H, W)
+    weights = (labels != IGNORE).float()  # (B, H, W)
     if class_weights is not None:
-        valid = valid * class_weights[labels.clamp(max=len(class_weights) - 1)]
-    ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    return valid_mean(ce, valid)
+        weights = weights * class_weights[labels.long().clamp(max=len(class_weights) - 1)]
+    return ResizedCrossEntropy.apply(logits.float(), labels, weights) / valid_count(weights)
+
+
+class ResizedCrossEntropy(torch.autograd.Function):
+    """sum(weights * CE(resize(logits), labels)), image by image.
+
+    Logits as large as the labels are the largest tensors of a step: 19 classes take 637 MB for 16
+    images of 512x1024, and autograd keeps several. Here the gradient, softmax - one_hot, is made
+    where the loss is, and brought back to the size of the logits: that is all that is kept.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels, weights):
+        total, grads = 0, []
+        few = max(1, CHUNK // (logits.shape[1] * labels[0].numel()))  # images at a time
+        for x, y, w in zip(logits.split(few), labels.split(few), weights.split(few)):
+            log_p = resize(x, y.shape[1:]).log_softmax(dim=1)  # (few, K, H, W)
+            y = y.long().masked_fill(y == IGNORE, 0)[:, None]
+            total = total - (log_p.gather(1, y)[:, 0] * w).sum()
+            if ctx.needs_input_grad[0]:
+                d = log_p.exp_().scatter_add_(1, y, torch.full_like(log_p[:, :1], -1.0))
+                grads.append(resize_adjoint(d.mul_(w[:, None]), x.shape))
+        ctx.save_for_backward(torch.cat(grads) if grads else None)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] * grad, None, None
+
+
+def resize_adjoint(x, shape):
+    """The transpose of `resize` from `shape`: what x, a gradient of its output, is at its input."""
+    if x.shape == shape:
+        return x
+    return torch.ops.aten.upsample_bilinear2d_backward(x, x.shape[2:], shape, False, None, None)
 
 
 def hcl(student, teacher):

@@ -11,8 +11,7 @@ products inside attention, and what really runs here, where the head multiplies 
 
 import argparse
 import json
-import statistics
-import time
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import files
 import methods
 import model
+from timing import timed
 
 
 def count(run):
@@ -59,28 +59,15 @@ def measure_named(name, num_classes, size):
     return dict(params=model.count_parameters(net), **measure(net, image))
 
 
-def latency(net, image, warmup=3, runs=10):
-    """Median milliseconds of one forward pass, after a warm-up, synchronised."""
-    times = []
-    sync = torch.cuda.synchronize if image.is_cuda else lambda: None
-    with torch.inference_mode():
-        for k in range(warmup + runs):
-            sync()
-            start = time.perf_counter()
-            net(image)
-            sync()
-            if k >= warmup:
-                times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
 def rows(args):
     height, width = args.size
     for name in args.model:
         row = dict(name=name, **measure_named(name, args.num_classes, args.size))
         if args.latency:
             net = model.build(name, args.num_classes).to(args.device).eval()
-            row["latency_ms"] = latency(net, torch.randn(1, 3, height, width, device=args.device))
+            image = torch.randn(1, 3, height, width, device=args.device)
+            with torch.inference_mode():
+                row["latency_ms"] = 1000 * timed(partial(net, image), args.device)
         yield row
         if args.method:
             options = {} if args.csf_norm is None else dict(csf_norm=args.csf_norm)

@@ -7,6 +7,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from model import Drop, get_device
@@ -71,16 +72,34 @@ def process_mean(x):
     return x
 
 
-class AllReduceMean(torch.autograd.Function):
-    """The mean of a tensor over the processes, with its gradient."""
+class NormOverProcesses(torch.autograd.Function):
+    """Batch norm of maps (B, C, H, W) with the statistics of all processes: (y, mean, var)."""
 
     @staticmethod
-    def forward(ctx, x):
-        return process_mean(x.contiguous())
+    def forward(ctx, x, weight, bias, eps):
+        mean = x.mean((0, 2, 3), dtype=torch.float32)
+        var = (x - mean[:, None, None]).square().mean((0, 2, 3))
+        mean, var = mean.double(), var.double()
+        mean, square = process_mean(torch.stack([mean, var + mean.square()]))  # equal shares
+        mean, var = mean.float(), (square - mean.square()).float()
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var
 
     @staticmethod
-    def backward(ctx, grad):
-        return process_mean(grad.contiguous())
+    def backward(ctx, dy, *_):
+        """dx = w / std (dy - mean(dy) - z mean(z dy)), z = (x - mean) / std."""
+        x, weight, mean, var = ctx.saved_tensors
+        scale = (var + ctx.eps).rsqrt()
+        dx, dw, db = torch.ops.aten.native_batch_norm_backward(  # dx so far: w / std dy
+            dy, x, weight, mean, var, None, None, False, ctx.eps, [True] * 3
+        )
+        z_dy, m_dy = process_mean(torch.stack([dw, db])) * len(dw) / x.numel()  # (C,) means
+        slope = -weight * scale.square() * z_dy
+        offset = -weight * scale * m_dy - slope * mean
+        dx += torch.addcmul(offset[:, None, None], x, slope[:, None, None])
+        return dx, dw, db, None
 
 
 class GlooBatchNorm(nn.BatchNorm2d):
@@ -89,16 +108,13 @@ class GlooBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        mean = AllReduceMean.apply(x.float().mean((0, 2, 3)))  # shares are of one size
-        centred = x.float() - mean[:, None, None]
-        var = AllReduceMean.apply(centred.square().mean((0, 2, 3)))
+        y, mean, var = NormOverProcesses.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             n = x.numel() // x.shape[1] * dist.get_world_size()
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
-        scale = self.weight * (var + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return y
 
 
 def synchronise(module, device):
@@ -121,5 +137,8 @@ def wrap(module, device):
     """The module under DDP; itself in a single process."""
     if not dist.is_initialized():
         return module
+    for p in module.parameters():
+        if p.shape[2:] == (1, 1):  # the gradient's strides, of which channels-last is one more name
+            p.data = p.data.flatten(1)[:, :, None, None]
     ids = [device] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(module, device_ids=ids)

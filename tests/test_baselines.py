@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import Largest
 
 import baselines
 import files
@@ -698,19 +698,6 @@ def test_autocast_changes_no_bit_of_the_queues():
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             method(s, rounded(t), None, labels)
     assert all(torch.equal(*(getattr(m, k) for m in methods)) for k in ("pixels", "regions"))
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation gives."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
 
 
 @pytest.mark.parametrize("name", NAMES)

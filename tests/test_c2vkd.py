@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import Largest
 
 import c2vkd
 import methods
@@ -245,19 +245,6 @@ def test_graph_compares_across_images():
     s, t = torch.randn(2, 2, 16, 4, 4)
     apart = (graph(s[:1], t[:1]) + graph(s[1:], t[1:])).item() / 2
     assert graph(s, t).item() != pytest.approx(apart, rel=0.01)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
 
 
 def test_graph_makes_no_matrix_of_all_pairs():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Largest
 
 import baselines
 import distill
@@ -117,6 +118,35 @@ def test_cross_entropy_against_torch():
     want = F.cross_entropy(logits, labels, weights, ignore_index=255)
     got = distill.cross_entropy(logits, labels, weights)
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 10**9])  # an image at a time, all at once
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("size", [(37, 23), (10, 6)])  # of the labels; the second is the logits'
+def test_cross_entropy_and_gradient_at_any_size(monkeypatch, chunk, weighted, size):
+    monkeypatch.setattr(distill, "CHUNK", chunk)
+    logits = torch.randn(3, 5, 10, 6, requires_grad=True)
+    labels = torch.randint(0, 5, (3, *size), dtype=torch.uint8)
+    labels[0, :3], labels[2] = 255, 255
+    weights = torch.rand(5) + 0.5 if weighted else None
+    up = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    want = F.cross_entropy(up, labels.long(), weights, ignore_index=255)
+    got = distill.cross_entropy(logits, labels, weights)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    (want,), (got,) = (torch.autograd.grad(3 * loss, logits) for loss in (want, got))
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-7)
+
+
+def test_cross_entropy_holds_one_image_at_full_size(monkeypatch):
+    monkeypatch.setattr(distill, "CHUNK", 10**6)
+    logits = torch.randn(4, 6, 10, 10, requires_grad=True)
+    labels = torch.randint(0, 6, (4, 400, 400))
+    with Largest() as seen:
+        distill.cross_entropy(logits, labels).backward()
+    assert seen.numel <= 6 * 400 * 400
+    with Largest() as seen:
+        F.cross_entropy(model.resize(logits, (400, 400)), labels).backward()
+    assert seen.numel == 4 * 6 * 400 * 400
 
 
 def test_cross_entropy_upsamples_logits_not_labels():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_tat import Largest
+from conftest import Largest
 
 import files
 import manifold

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import Largest
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import files
 import model
@@ -29,19 +29,6 @@ def build(widths=WIDTHS, **options):
     for layer in (method.query, method.key, method.value):
         nn.init.normal_(layer[1].weight, 1, 0.2), nn.init.normal_(layer[1].bias, 0, 0.5)
     return method
-
-
-class Largest(TorchDispatchMode):
-    """Records the elements of the largest tensor that any operation returns, backward included."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,489 @@
+"""
+How long a training step and an image take, and why: everything measured in one run, side by side.
+
+    python bench.py                                              # minutes on two cores
+    python bench.py --only step --size 512x1024 --batch-size 16  # a question for a GPU
+    python bench.py --only methods                               # what each method costs
+    python bench.py --json bench.json --plot bench.png
+
+Times are medians of repeated runs after a warm-up, the device synchronised. Compare those of one
+run with each other; those of another machine, or hour, are other numbers. Images are noise, nets
+untrained: neither changes what is computed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import augment
+import data
+import eval as evaluation
+import export
+import files
+import flops
+import methods
+import model
+import parallel
+from files import UserError
+from step import Learner, Teacher, parameter_groups, update
+from timing import Stopwatch, in_processes, matmul_peak, memory, timed
+
+# How a step can be computed; each line adds to the one before it. naive is what the released code
+# does: a graph and a head for the teacher, heads as drawn in the paper, attention written out.
+VARIANTS = {
+    "naive": {},
+    "float32": dict(lean=True),
+    "channels_last": dict(lean=True, channels_last=True),
+    "bfloat16": dict(lean=True, channels_last=True, dtype="bfloat16"),
+    "compiled": dict(lean=True, channels_last=True, dtype="bfloat16", compile=True),
+}
+FACTS = dict(mean=list(model.IMAGENET_MEAN), std=list(model.IMAGENET_STD), void=None, resize=None)
+
+# ------------------------------------------------------------------------------------------------
+# a training step
+
+
+def noise(size, num_classes, images=16):
+    """A split of noise, of images twice as high and wide as the crops: Cityscapes' proportions."""
+    rng = np.random.default_rng(0)
+    h, w = (2 * n for n in size)
+    pixels = rng.integers(256, size=images * 3 * h * w, dtype=np.uint8)
+    labels = rng.integers(num_classes, size=images * h * w, dtype=np.uint8)
+    return data.Packed(pixels, labels, [(h, w, i * h * w) for i in range(images)])
+
+
+def loader(args, batch_size, workers):
+    """Endless host batches, as in train.py."""
+    batches = augment.Batches(
+        noise(args.size, args.num_classes), batch_size, 0, augment.Augment(args.size)
+    )
+    cuda = torch.device(args.device).type == "cuda"
+    return augment.stream(
+        torch.utils.data.DataLoader(
+            batches, None, sampler=range(10**6), num_workers=workers, pin_memory=cuda
+        )
+    )
+
+
+def nets(args, spec, lean=False, channels_last=False, compile=False):
+    """(learner, the teacher's look) of a training step, on the device."""
+    torch.manual_seed(0)
+    teacher = model.build(args.teacher, args.num_classes).eval()
+    student = model.build(args.student, args.num_classes)
+    method = methods.build(spec, student, teacher)
+    learner = Learner(student, method).train()
+    look = Teacher(teacher, FACTS, FACTS["mean"], FACTS["std"], method.needs_logits)
+    if lean:
+        teacher.requires_grad_(False)
+    else:
+        look = teacher  # called as it is: with its graph and its head
+        for module in (*teacher.modules(), *student.modules()):
+            if isinstance(module, model.SegFormerHead):
+                module.merged = False
+            if isinstance(module, model.Attention):
+                module.fused = False
+    for module in (learner, teacher):
+        module.to(args.device)
+        if channels_last:
+            module.to(memory_format=torch.channels_last)
+    if compile:
+        learner.compile()
+        look.compile()
+    return learner, method.needs_teacher and look
+
+
+def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
+    """What a step takes: seconds in all and in its parts, and the memory it needs in GB."""
+    how = dict(VARIANTS[variant])
+    dtype = how.pop("dtype", "float32")
+    before = memory(args.device, "now")
+    learner, look = nets(args, spec, **how)
+    wrapped = wrap(learner)
+    fused = variant != "naive"
+    optimizer = torch.optim.AdamW(parameter_groups(learner, 0.01), lr=1e-4, fused=fused)
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=False)
+    batches = loader(args, batch_size, args.workers)
+    watch = Stopwatch(args.device)
+    if "compile" not in how:  # the hook would be compiled with the rest
+        learner.student.register_forward_hook(lambda *_: watch.mark("student"))
+
+    def step():
+        watch.mark("start")
+        batch = next(batches)
+        images, labels = augment.device_batch(batch, args.device, FACTS["mean"], FACTS["std"])
+        if "channels_last" not in how:
+            images = images.contiguous()
+        watch.mark("data")
+        with evaluation.autocast(args.device, dtype):
+            seen = look(images) if look else None
+            watch.mark("teacher")
+            terms = wrapped(images, labels, seen)
+        watch.mark("losses")
+        sum(terms.values()).backward()
+        watch.mark("backward")
+        update(learner, optimizer, scaler, clip=1.0)
+        watch.mark("optimiser")
+
+    start = time.time()
+    step()
+    first = time.time() - start
+    step()
+    watch.times.clear()
+    seconds = timed(step, args.device, args.seconds, warmup=0)
+    peak = memory(args.device, "peak")
+    return dict(
+        variant=variant,
+        seconds=seconds,
+        first=first,
+        parts=watch.medians(),
+        memory_gb=None if peak is None else peak - before,
+        img_s=batch_size / seconds,
+    )
+
+
+def step_flops(args):
+    """FLOPs an image of (the teacher's look, the whole step): 2 a multiply-accumulate.
+
+    Of what the lean step computes, and of none what it repeats: the backward pass of the student
+    and its adapters is twice their forward.
+    """
+    with torch.device("meta"):
+        teacher, student = (
+            model.build(name, args.num_classes).eval() for name in (args.teacher, args.student)
+        )
+        method = methods.build(args.method, student, teacher).eval()
+        image = torch.empty(1, 3, *args.size)
+        labels = torch.zeros(1, *args.size, dtype=torch.uint8)
+        seen = teacher(image)
+
+        def learn():
+            method(student(image), seen, image, labels)
+
+        look = sum(flops.count(lambda: teacher(image, head=method.needs_logits)))
+        look *= method.needs_teacher
+        return 2e9 * look, 2e9 * (look + 3 * sum(flops.count(learn)))
+
+
+def bench_step(args, peaks):
+    h, w = args.size
+    print(f"\na training step: {args.method}, {args.teacher} to {args.student}, ", end="")
+    print(f"{args.batch_size} images of {h}x{w}; of peak: useful FLOP/s, teacher's look and step")
+    names = ("data", "teacher", "student", "losses", "backward", "optimiser")
+    titles = "".join(f"{name:>10s}" for name in names)
+    print(f"{'':14s}{'ms':>7s}{'faster':>8s}{titles}{'GB':>7s}{'img/s':>8s}{'of peak':>12s}")
+    look, whole = step_flops(args)
+    rows = []
+    for variant in args.variants:
+        (r,) = in_processes(time_step, (args, args.method, variant, args.batch_size))
+        peak = peaks[VARIANTS[variant].get("dtype", "float32")]
+        r["utilisation"] = whole * r["img_s"] / peak
+        r["teacher_utilisation"] = look * args.batch_size / r["parts"]["teacher"] / peak
+        rows.append(r)
+        parts = [r["parts"].get(name) for name in names]
+        parts = "".join(f"{'-' if t is None else round(1000 * t):>10}" for t in parts)
+        print(
+            f"{variant:14s}{1000 * r['seconds']:7.0f}{rows[0]['seconds'] / r['seconds']:7.2f}x"
+            f"{parts}{gigabytes(r)}{r['img_s']:8.1f}{r['teacher_utilisation']:7.0%}"
+            f"{r['utilisation']:5.0%}",
+            flush=True,
+        )
+        if "compile" in VARIANTS[variant]:
+            print(f"{'':14s}(its first step, which compiles, took {r['first']:.0f} s)")
+    return rows
+
+
+def gigabytes(row):
+    return f"{'-' if row['memory_gb'] is None else format(row['memory_gb'], '.2f'):>7s}"
+
+
+# ------------------------------------------------------------------------------------------------
+# inference
+
+
+def hugging_face(net, device):
+    """The same weights in transformers' SegFormer; None if it is not installed."""
+    if not all(map(export.installed, ("transformers", "safetensors"))):
+        return None
+    from transformers import SegformerForSemanticSegmentation
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    classes = [f"class {k}" for k in range(net.num_classes)]
+    with tempfile.TemporaryDirectory() as folder:
+        facts = FACTS | dict(classes=classes)
+        export.write_hf(net, facts, Path(folder), (FACTS["mean"], FACTS["std"]))
+        return SegformerForSemanticSegmentation.from_pretrained(folder).eval().to(device)
+
+
+def time_inference(args, net, size, batch, dtype="float32"):
+    """Seconds of one forward pass of a batch."""
+    images = torch.randn(batch, 3, *size, device=args.device)
+
+    def look():
+        with torch.inference_mode(), evaluation.autocast(args.device, dtype):
+            net(images)
+
+    return timed(look, args.device, args.seconds / 4)
+
+
+def bench_inference(args, peaks):
+    """Rows of (what, net, size, batch, seconds): by image area, by batch, by model."""
+    rows, (h, w) = [], args.size
+    ours = {}
+    for name in dict.fromkeys((args.student, *args.models)):
+        net = model.build(name, args.num_classes).eval()
+        ours[name] = net.to(args.device).to(memory_format=torch.channels_last)
+    student = ours[args.student]
+    theirs = hugging_face(model.build(args.student, args.num_classes).eval(), args.device)
+    sizes = [tuple(round(n * s / 32) * 32 for n in args.size) for s in (0.5, 1, 2)]
+    kinds = {"float32": (student, "float32"), "bfloat16": (student, "bfloat16")}
+    if theirs is None:
+        print("\nto compare with Hugging Face's SegFormer: pip install transformers safetensors")
+    else:
+        kinds["transformers, float32"] = (theirs, "float32")
+
+    def measure(what, kind, net, size, batch, dtype):
+        seconds = time_inference(args, net, size, batch, dtype)
+        rows.append(dict(what=what, kind=kind, size=size, batch=batch, seconds=seconds))
+        return seconds
+
+    def table(what, heads, cells):
+        print(f"\n{args.student}, milliseconds an image, by {what}")
+        print(f"{'':24s}" + "".join(f"{head!s:>12}" for head in heads))
+        for kind, (net, dtype) in kinds.items():
+            print(f"{kind:24s}", end="")
+            for size, batch in cells:
+                ms = 1000 * measure(what, kind, net, size, batch, dtype) / batch
+                print(f"{ms:12.1f}", end="", flush=True)
+            print()
+
+    table("image, one at a time", [f"{a}x{b}" for a, b in sizes], [(size, 1) for size in sizes])
+    table(f"batch, of {h}x{w}", args.batches, [(args.size, batch) for batch in args.batches])
+    print(f"\none image of {h}x{w}, milliseconds, by model")
+    print("".join(f"{name:>12s}" for name in ours))
+    for name, net in ours.items():
+        ms = 1000 * measure("model", name, net, args.size, 1, "float32")
+        print(f"{ms:12.1f}", end="", flush=True)
+    print()
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# the rest of a run: data, processes, methods
+
+
+def bench_data(args, peaks):
+    """Images a second of one host process, and of the device's part."""
+    batches = loader(args, args.batch_size, 0)
+    host = args.batch_size / timed(lambda: next(batches), "cpu", args.seconds / 2)
+    batch = next(batches)
+    mean, std = FACTS["mean"], FACTS["std"]
+    seconds = timed(
+        lambda: augment.device_batch(batch, args.device, mean, std), args.device, args.seconds / 4
+    )
+    device = args.batch_size / seconds
+    h, w = args.size
+    print(
+        f"\ndata, crops of {h}x{w} from images of {2 * h}x{2 * w}: one process cuts {host:.0f} ",
+        end="",
+    )
+    print(f"images a second, the device resamples {device:.0f}")
+    rates = dict(host_img_s=host, device_img_s=device)
+    if args.workers:
+        batches = loader(args, args.batch_size, args.workers)
+        seconds = timed(lambda: next(batches), "cpu", 2 * args.seconds, least=50)
+        rates["workers_img_s"] = args.batch_size / seconds
+        print(f"{args.workers} worker processes deliver {rates['workers_img_s']:.0f} a second")
+    return rates
+
+
+def time_rank(args, rank, world, port, batch_size):
+    """A step in one of `world` processes: of one run if there is a port, each its own if not."""
+    torch.set_num_threads(max(1, os.cpu_count() // world))
+    device = torch.device(args.device)
+    if port:
+        os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank))
+        os.environ |= dict(WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+        device = parallel.start(args.device)
+    elif device.type == "cuda":
+        device = torch.device("cuda", rank)
+    args = argparse.Namespace(**vars(args) | dict(device=device))
+
+    def wrap(learner):
+        return parallel.wrap(parallel.synchronise(learner, device), device) if port else learner
+
+    variant = "bfloat16" if device.type == "cuda" else "channels_last"
+    seconds = time_step(args, args.method, variant, batch_size, wrap)["seconds"]
+    parallel.stop()
+    return seconds
+
+
+def bench_processes(args, peaks, world=2):
+    """What it costs that processes work on one batch, and not each on its own."""
+    cuda = torch.device(args.device).type == "cuda"
+    if cuda and torch.cuda.device_count() < world:
+        print(f"\nprocesses: {world} of them want {world} GPUs")
+        return None
+    share, seconds = max(1, args.batch_size // world), {}
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        free = s.getsockname()[1]
+    for what, port in (("apart", None), ("together", free)):
+        jobs = [(args, rank, world, port, share) for rank in range(world)]
+        seconds[what] = max(in_processes(time_rank, *jobs))
+    extra = seconds["together"] / seconds["apart"] - 1
+    print(
+        f"\n{world} processes, {share} images each: {1000 * seconds['apart']:.0f} ms a step, each "
+        f"for itself; {1000 * seconds['together']:.0f} ms as one run: {extra:+.1%}"
+    )
+    return seconds
+
+
+def bench_methods(args, peaks):
+    """The step of every method, as a multiple of the student's alone."""
+    variant = "bfloat16" if torch.device(args.device).type == "cuda" else "channels_last"
+    print(f"\na step of each method, {args.teacher} to {args.student}, {variant}")
+    print(f"{'':14s}{'ms':>7s}{'of none':>9s}{'GB':>7s}")
+    rows = {}
+    for name in methods.METHODS:
+        (r,) = in_processes(time_step, (args, name, variant, args.batch_size))
+        rows[name] = r
+        ratio = r["seconds"] / rows["none"]["seconds"]
+        print(f"{name:14s}{1000 * r['seconds']:7.0f}{ratio:8.2f}x{gigabytes(r)}", flush=True)
+    return rows
+
+
+SECTIONS = dict(
+    step=bench_step,
+    inference=bench_inference,
+    data=bench_data,
+    processes=bench_processes,
+    methods=bench_methods,
+)
+
+# ------------------------------------------------------------------------------------------------
+# the command
+
+
+def plot(rows, path):
+    """Milliseconds by pixels, by batch and by model, as bars and lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    whats = dict.fromkeys(r["what"] for r in rows)
+    figure, axes = pyplot.subplots(1, len(whats), figsize=(12, 3.6), layout="constrained")
+    for axis, what in zip(axes, whats):
+        mine = [r for r in rows if r["what"] == what]
+        axis.set(title=what, ylabel="ms an image")
+        if what == "model":
+            axis.bar([r["kind"] for r in mine], [1000 * r["seconds"] for r in mine])
+            continue
+        for kind in dict.fromkeys(r["kind"] for r in mine):
+            line = [r for r in mine if r["kind"] == kind]
+            x = [r["batch"] if "batch" in what else r["size"][0] * r["size"][1] for r in line]
+            y = [1000 * r["seconds"] / r["batch"] for r in line]
+            axis.plot(x, y, marker="o", label=kind)
+        axis.set(xscale="log", yscale="log", xlabel="batch" if "batch" in what else "pixels")
+        axis.legend()
+    with files.atomic(path) as tmp:
+        figure.savefig(tmp, format=Path(path).suffix[1:] or "png", dpi=100)
+
+
+def get_args():
+    p = argparse.ArgumentParser(
+        description="Time training steps, images, data and processes", allow_abbrev=False
+    )
+    cuda = torch.cuda.is_available()
+    p.add_argument(
+        "--only",
+        nargs="+",
+        choices=SECTIONS,
+        default=[*SECTIONS][:-1],
+        help="what to measure (all but the methods, which take minutes)",
+    )
+    p.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=[*VARIANTS][: None if cuda else -1],
+        help="of the training step (compiled: without a GPU only if asked for, it takes minutes)",
+    )
+    p.add_argument("--student", default="b0", help=f"one of {', '.join(model.MODELS)}")
+    p.add_argument("--teacher", default="b2", help=f"one of {', '.join(model.NAMES)}")
+    p.add_argument("--method", default="transkd-base", help="a or a+b, as in train.py")
+    p.add_argument("--models", nargs="*", default=["nano", "b0", "b1", "b2"], help="by their cost")
+    p.add_argument("--num-classes", type=int, default=19)
+    size = "512x1024" if cuda else "352x480"
+    p.add_argument("--size", type=flops.size, default=size, help="HEIGHTxWIDTH of a crop")
+    p.add_argument("--batch-size", type=int, default=16 if cuda else 4, help="of a training step")
+    batches = [1, 2, 4, 8, 16, 32, 64] if cuda else [1, 2, 4, 8]
+    p.add_argument("--batches", type=int, nargs="+", default=batches, help="of inference")
+    p.add_argument("--workers", type=int, default=8 if cuda else 0, help="that prepare batches")
+    p.add_argument("--seconds", type=float, default=8, help="spent on a step; others take a part")
+    p.add_argument("--device", default="cuda" if cuda else "cpu")
+    p.add_argument("--json", help="write every number to this file")
+    p.add_argument("--plot", help="draw the inference times into this file")
+    return p.parse_args()
+
+
+def check(args):
+    """UserError for what cannot be measured: before minutes are spent on the rest."""
+    model.get_device(args.device)
+    for name in (args.student, *args.models):
+        if name not in model.MODELS:
+            raise UserError(f"unknown model '{name}': choose among {', '.join(model.MODELS)}")
+    if min(args.size) < 64:
+        raise UserError(f"--size {args.size[0]}x{args.size[1]}: 64x64 at least")
+    for name in ("batch_size", "num_classes", "seconds", *(["batches"] * bool(args.batches))):
+        values = getattr(args, name)
+        if min(values if isinstance(values, list) else [values]) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {values}: must be positive")
+    if args.plot and "inference" not in args.only:
+        raise UserError("--plot draws what --only inference measures")
+    if args.plot and not export.installed("matplotlib"):
+        raise UserError("--plot: pip install matplotlib")
+    with torch.device("meta"):
+        teacher = model.build(args.teacher, args.num_classes)
+        methods.build(args.method, model.build(args.student, args.num_classes), teacher)
+
+
+def hardware(device):
+    """What it ran on, in words."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
+
+
+def main(args):
+    check(args)
+    tree = dict(hardware=hardware(args.device), torch=torch.__version__, settings=vars(args))
+    print(f"{tree['hardware']}, torch {tree['torch']}")
+    peaks = {dtype: matmul_peak(args.device, dtype) for dtype in ("float32", "bfloat16")}
+    tree["peak_flops"] = peaks
+    words = ", ".join(f"{dtype} {peak / 1e12:.2f}" for dtype, peak in peaks.items())
+    print(f"TFLOP/s of a large matrix product: {words}")
+    for section in args.only:
+        tree[section] = SECTIONS[section](args, peaks)
+    if args.json:
+        with files.atomic(args.json) as tmp:
+            Path(tmp).write_text(json.dumps(tree, indent=1) + "\n")
+    if args.plot:
+        plot(tree["inference"], args.plot)
+
+
+if __name__ == "__main__":
+    cli_args = get_args()
+    files.cli(main, cli_args)

@@ -1,0 +1,77 @@
+"""
+Measuring: seconds, memory, the most a device can do. For `flops.py` and `bench.py`.
+"""
+
+import concurrent.futures
+import multiprocessing
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+
+def synchronise(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work, device, seconds=1.0, least=3, warmup=2):
+    """Median seconds of work(): of `least` calls at least, for `seconds` at least."""
+    times = []
+    for _ in range(warmup):
+        work()
+    while len(times) < least or sum(times) < seconds:
+        synchronise(device)
+        start = time.perf_counter()
+        work()
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+class Stopwatch:
+    """Seconds between marks, by name; the device is synchronised at each of them."""
+
+    def __init__(self, device):
+        self.device, self.times = device, {}
+        self.mark("start")
+
+    def mark(self, name):
+        synchronise(self.device)
+        now = time.perf_counter()
+        if name != "start":
+            self.times.setdefault(name, []).append(now - self.last)
+        self.last = now
+
+    def medians(self):
+        return {name: statistics.median(times) for name, times in self.times.items()}
+
+
+def memory(device, what):
+    """GB of this process: "now", or the "peak" since it began; None where nobody counts them."""
+    if torch.device(device).type == "cuda":
+        count = dict(now=torch.cuda.memory_allocated, peak=torch.cuda.max_memory_allocated)[what]
+        return count(device) / 1e9
+    status = Path("/proc/self/status")  # of Linux; resource.ru_maxrss is, at first, the parent's
+    if not status.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines[dict(now="VmRSS", peak="VmHWM")[what]].split()[0]) * 1024 / 1e9
+
+
+def matmul_peak(device, dtype, seconds=0.5):
+    """The most FLOP/s that a product of two large square matrices reaches here."""
+    best = 0
+    for n in (4096, 8192) if torch.device(device).type == "cuda" else (1024, 2048):
+        a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+        best = max(best, 2 * n**3 / timed(partial(torch.mm, a, a), device, seconds))
+    return best
+
+
+def in_processes(work, *calls):
+    """[work(*call) for call in calls], all at once, each in a new process with its own memory."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(len(calls), mp_context=spawn) as pool:
+        return [job.result() for job in [pool.submit(work, *call) for call in calls]]
