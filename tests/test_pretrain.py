@@ -273,6 +273,24 @@ def test_hits_by_brute_force(k):
         assert pretrain.hits(logits, labels, k) == want
 
 
+def test_scores_of_a_known_net_in_eval_mode(tree, tmp_path):
+    """It says class 1 whatever it sees: right for 2 of 6 photos; all labels are among the five."""
+    modes = []
+
+    class Net(torch.nn.Module):
+        def forward(self, images):
+            modes.append(self.training)
+            return Output(torch.tensor([[1.0, 2.0, 0.0]]).expand(len(images), 3), (), ())
+
+    args = pretrain.get_args(words(tree, tmp_path, "--eval-batch-size", "4", "--workers", "0"))
+    pretrain.resolve(args)
+    run_ = loop.Run(args=args, out=tmp_path, device=torch.device("cpu"))
+    net = Net()
+    got = pretrain.score(run_, photos.find(tree, "val", 37), "encoder", net, 7)
+    assert got == dict(top1=2 / 6, top5=1.0, images=6) and modes == [False, False] and net.training
+    assert logged(tmp_path) == [dict(stage="encoder", step=7) | got]
+
+
 def test_cosine_schedule():
     rates = [learning_rate(s, 2.0, 100, warmup=0.1, decay="cosine") for s in range(100)]
     assert rates[0] == pytest.approx(2 / 11) and rates[9] == pytest.approx(20 / 11)
@@ -454,6 +472,8 @@ def test_the_whole_job(tree, tmp_path, capsys):
     assert {p.name for p in out.iterdir()} == {"encoder.pt", "last.pt", "log.jsonl", "metrics.json"}
     assert metrics["top1"] >= 5 / 6 and metrics["top5"] == 1  # 3 classes, each a colour
     assert metrics["encoder"]["images"] == 6 and metrics["encoder"]["steps"] == 40
+    for r in steps(out):
+        assert r["lr"] == pytest.approx(learning_rate(r["step"] - 1, 3e-3, 40, 0.05, "cosine"))
     run(tree, tmp_path / "unseen", *more[:-2])
     assert same(*encoders(out, tmp_path / "unseen"))  # scoring changes nothing
     scored = [r for r in logged(out) if "top1" in r]
