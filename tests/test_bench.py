@@ -125,7 +125,11 @@ def test_a_training_run_ends_where_float32_ends(place, trained, tmp_path, monkey
     whole = torch.nn.Module.compile
     quick = functools.partialmethod(whole, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", quick)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     assert run(place, tmp_path / "run", *variant) == pytest.approx(trained[2], abs=0.02)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == ("--compile" in variant)  # whole, and none for scoring's other size
 
 
 def test_written_attention_is_the_fused_one():

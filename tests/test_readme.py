@@ -71,6 +71,10 @@ def test_command(place, line):
         at = argv.index("--crop-size")
         argv[at : at + 4] = ["--batch-size", "2", "--teacher-batch-size", "2"]
         argv += ["--dataset", "nyuv2", "--data-dir", "data/nyuv2"]  # fewer than the scenes
+    if "bench.py" in argv:
+        pytest.importorskip("matplotlib")
+        argv += "--only inference data --student nano --models nano --size 64x64".split()
+        argv += "--batches 1 --seconds 0.1".split()
     if "export.py" in argv:
         for package in ("transformers", "onnxruntime", "onnxscript", "safetensors"):
             pytest.importorskip(package)
