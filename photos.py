@@ -209,13 +209,14 @@ def host_batch(photos, step, batch_size, seed, a, rows):
         flip = rng.random() < 0.5
         y, _ = augment.axis(a.size, a.size / h, 0, False, h)
         x, _ = augment.axis(a.size, a.size / w, 0, flip, w)
+        colour = augment.colour_matrix(rng, a.colour)
         share, box = mixture(rng, a.size, a.mixup, a.cutmix)
         items.append(
             dict(
                 image=image[top : top + h, left : left + w],
                 y=y.astype(np.float32),
                 x=x.astype(np.float32),
-                colour=augment.colour_matrix(rng, a.colour),
+                colour=colour,
                 share=np.float32(share),
                 box=np.array(box),
                 label=photos.labels[indices[k]],

@@ -223,6 +223,25 @@ def test_mixup_and_cutmix_by_hand(tree):
     assert targets.sum() == 8 and (targets.max(dim=1).values == 1).all()
 
 
+def test_mixtures_reach_the_loss(tree, tmp_path):
+    """And nothing else of a batch changes with them."""
+    split, seen = some_photos(tree), []
+
+    def learner(images, targets, looks):
+        seen.append((images, targets))
+
+    hosts = [batch(split, photos.Crops(32, cutmix=a)) for a in (0.0, 1.0)]
+    assert all((hosts[0][k] == hosts[1][k]).all() for k in ("image", "x", "y", "colour", "label"))
+    for host, a in zip(hosts, "01"):
+        args = pretrain.get_args(words(tree, tmp_path, "--cutmix", a))
+        args.dtype = "float32"
+        run_ = loop.Run(args=args, out=tmp_path, device=torch.device("cpu"))
+        pretrain.loss_terms(run_, 3, None, learner, host)
+    (plain, hard), (mixed, soft) = seen
+    assert set(hard.flatten().tolist()) == {0, 1} and ((soft > 0) & (soft < 1)).any()
+    assert not torch.equal(plain, mixed)
+
+
 def test_mixtures_have_the_shares_of_their_papers():
     """mixup: Beta(a, a). CutMix: a square with 1 - Beta(a, a) of the area, cut by the border."""
     rng = np.random.default_rng(0)
