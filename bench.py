@@ -428,7 +428,7 @@ def get_args():
     p.add_argument("--batch-size", type=int, default=16 if cuda else 4, help="of a training step")
     batches = [1, 2, 4, 8, 16, 32, 64] if cuda else [1, 2, 4, 8]
     p.add_argument("--batches", type=int, nargs="+", default=batches, help="of inference")
-    p.add_argument("--workers", type=int, default=8 if cuda else 0, help="that prepare batches")
+    p.add_argument("--workers", type=int, default=parallel.spare_cores() if cuda else 0)
     p.add_argument("--seconds", type=float, default=8, help="spent on a step; others take a part")
     p.add_argument("--device", default="cuda" if cuda else "cpu")
     p.add_argument("--json", help="write every number to this file")

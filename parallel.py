@@ -37,6 +37,16 @@ def stop():
         dist.destroy_process_group()
 
 
+def spare_cores():
+    """How many processes may prepare this one's batches: two cores stay free, one does in any case.
+
+    Cores are shared between the processes of torchrun on this machine; more than 16 help nobody.
+    """
+    here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    share = (len(here) - 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(max(share, 1), 16)
+
+
 def first_then_others(work):
     """work() in process 0, and only then in the others (who find what it left: a cache, a file)."""
     rank, world = rank_and_world()

@@ -13,7 +13,6 @@ train.py are made for maps of labels.
 import argparse
 import functools
 import math
-import os
 import time
 
 import torch
@@ -162,9 +161,8 @@ def open_run(args):
     cache = args.store, args.cache, args.cache_dir, args.cache_gb
     train, val = parallel.first_then_others(lambda: photos.open_splits(args.data_dir, *cache))
     if args.workers is None:
-        args.workers = 4 if place["device"].type == "cuda" else 0
-        if not train.packed:  # decoding is what takes time
-            args.workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        busy = place["device"].type == "cuda" or not train.packed  # to decode is what takes time
+        args.workers = parallel.spare_cores() if busy else 0
     if not args.max_iters:
         args.max_iters = math.ceil((args.epochs or 100) * len(train) / args.batch_size)
         args.epochs = None

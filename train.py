@@ -72,7 +72,8 @@ def open_run(args):
         lambda: [data.open_split(dataset, split, *cache) for split in ("train", "val")]
     )
     if args.workers is None:
-        args.workers = 4 if place["device"].type == "cuda" or isinstance(train, data.Files) else 0
+        busy = place["device"].type == "cuda" or isinstance(train, data.Files)
+        args.workers = parallel.spare_cores() if busy else 0
     if args.max_iters is None:  # the paper's recipe
         n = args.student_images or len(train)
         args.max_iters = PAPER_EPOCHS * math.ceil(n / args.batch_size)

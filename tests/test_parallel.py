@@ -63,3 +63,12 @@ def test_batch_norm_over_processes_is_that_of_the_whole_batch(dtype, tolerance):
         (variances[1], norm.running_var),
     ):
         assert (got - want).norm() < tolerance * want.norm()
+
+
+@pytest.mark.parametrize(
+    "cores, processes, workers", [(1, 1, 1), (2, 1, 1), (16, 1, 14), (16, 4, 3), (128, 4, 16)]
+)
+def test_spare_cores(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert parallel.spare_cores() == workers

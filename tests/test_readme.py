@@ -67,10 +67,11 @@ def test_command(place, line):
         argv += SMALL
     if "pretrain.py" in argv:
         argv = [word for word in argv if word not in ("--epochs", "300")] + SMALL_PHOTOS
+    if "train.py" in argv and "--dataset" not in argv and "list" not in argv:
+        argv += ["--dataset", "nyuv2", "--data-dir", "data/nyuv2"]  # fewer than the scenes
     if "--recipe" in argv:  # whole images, 512 high: two at a time are enough
         at = argv.index("--crop-size")
         argv[at : at + 4] = ["--batch-size", "2", "--teacher-batch-size", "2"]
-        argv += ["--dataset", "nyuv2", "--data-dir", "data/nyuv2"]  # fewer than the scenes
     if "bench.py" in argv:
         pytest.importorskip("matplotlib")
         argv += "--only inference data --student nano --models nano --size 64x64".split()
