@@ -237,12 +237,12 @@ def time_inference(args, net, size, batch, dtype="float32"):
 def bench_inference(args, peaks):
     """Rows of (what, net, size, batch, seconds): by image area, by batch, by model."""
     rows, (h, w) = [], args.size
-    ours = {}
-    for name in dict.fromkeys((args.student, *args.models)):
-        net = model.build(name, args.num_classes).eval()
-        ours[name] = net.to(args.device).to(memory_format=torch.channels_last)
+    names = dict.fromkeys((args.student, *args.models))
+    ours = {name: model.build(name, args.num_classes).eval() for name in names}
     student = ours[args.student]
-    theirs = hugging_face(model.build(args.student, args.num_classes).eval(), args.device)
+    theirs = hugging_face(student, args.device)
+    for net in ours.values():
+        net.to(args.device).to(memory_format=torch.channels_last)
     sizes = [tuple(round(n * s / 32) * 32 for n in args.size) for s in (0.5, 1, 2)]
     kinds = {"float32": (student, "float32"), "bfloat16": (student, "bfloat16")}
     if theirs is None:
@@ -291,11 +291,8 @@ def bench_data(args, peaks):
     )
     device = args.batch_size / seconds
     h, w = args.size
-    print(
-        f"\ndata, crops of {h}x{w} from images of {2 * h}x{2 * w}: one process cuts {host:.0f} ",
-        end="",
-    )
-    print(f"images a second, the device resamples {device:.0f}")
+    print(f"\ndata, crops of {h}x{w} from images of {2 * h}x{2 * w}, images a second: ", end="")
+    print(f"one process cuts {host:.0f}, the device resamples {device:.0f}")
     rates = dict(host_img_s=host, device_img_s=device)
     if args.workers:
         batches = loader(args, args.batch_size, args.workers)
