@@ -385,12 +385,18 @@ def plot(rows, path):
         if what == "model":
             axis.bar([r["kind"] for r in mine], [1000 * r["seconds"] for r in mine])
             continue
+        batch = "batch" in what
         for kind in dict.fromkeys(r["kind"] for r in mine):
             line = [r for r in mine if r["kind"] == kind]
-            x = [r["batch"] if "batch" in what else r["size"][0] * r["size"][1] for r in line]
-            y = [1000 * r["seconds"] / r["batch"] for r in line]
-            axis.plot(x, y, marker="o", label=kind)
-        axis.set(xscale="log", yscale="log", xlabel="batch" if "batch" in what else "pixels")
+            x = [r["batch"] if batch else r["size"][0] * r["size"][1] for r in line]
+            ms = [1000 * r["seconds"] / r["batch"] for r in line]
+            axis.plot(x, ms, marker="o", label=kind)
+        ticks = [r["batch"] if batch else "{}x{}".format(*r["size"]) for r in line]
+        axis.set(xscale="log", yscale="linear" if batch else "log")
+        axis.set_xticks(x, ticks)
+        axis.set_xticks([], minor=True)
+        if batch:
+            axis.set_ylim(bottom=0)
         axis.legend()
     with files.atomic(path) as tmp:
         figure.savefig(tmp, format=Path(path).suffix[1:] or "png", dpi=100)
