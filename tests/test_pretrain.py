@@ -25,6 +25,7 @@ import classifiers
 import files
 import loop
 import model
+import parallel
 import photos
 import pretrain
 import settings
@@ -183,7 +184,7 @@ def test_a_cache_that_is_too_large_is_not_built(tree, tmp_path, capsys):
     _, split, _ = pretrain.open_run(args)
     assert not split.packed and not [*(tmp_path / "c").glob("photos*")]
     assert "more than --cache-gb 0.0" in capsys.readouterr().out
-    assert args.workers == os.cpu_count()
+    assert args.workers == parallel.spare_cores()
 
 
 def test_files_and_cache_train_the_same_weights(tree, tmp_path):
