@@ -29,6 +29,7 @@ import eval as evaluation
 import export
 import files
 import flops
+import loop
 import methods
 import model
 import parallel
@@ -61,16 +62,10 @@ def noise(size, num_classes, images=16):
 
 
 def loader(args, batch_size, workers):
-    """Endless host batches, as in train.py."""
-    batches = augment.Batches(
-        noise(args.size, args.num_classes), batch_size, 0, augment.Augment(args.size)
-    )
-    cuda = torch.device(args.device).type == "cuda"
-    return augment.stream(
-        torch.utils.data.DataLoader(
-            batches, None, sampler=range(10**6), num_workers=workers, pin_memory=cuda
-        )
-    )
+    """Endless host batches."""
+    split = noise(args.size, args.num_classes)
+    batches = augment.Batches(split, batch_size, 0, augment.Augment(args.size))
+    return loop.load(batches, range(10**6), workers, torch.device(args.device))
 
 
 def nets(args, spec, lean=False, channels_last=False, compile=False):

@@ -166,7 +166,8 @@ def run_steps(run, stage, parts, batches, loss_terms, schedule, batch_size, scor
     learner, optimizer, scaler = parts["learner"], parts["optimizer"], parts["scaler"]
     wrapped = parallel.wrap(learner, run.device)
     watch = Watch(run, stage, first, total, batch_size)
-    batches = load(run, batches, range(first * args.accumulate, total * args.accumulate))
+    numbers = range(first * args.accumulate, total * args.accumulate)
+    batches = load(batches, numbers, args.workers, run.device)
     learner.train()
     saved = time.time()
     for step in range(first, total):
@@ -210,14 +211,14 @@ def restore(run, stage, parts):
     return first
 
 
-def load(run, batches, numbers):
-    """The host batches of these numbers, in their order, prepared by --workers processes."""
+def load(batches, numbers, workers, device):
+    """The host batches of these numbers, in their order, prepared by worker processes."""
     loader = torch.utils.data.DataLoader(
         batches,
         batch_size=None,
         sampler=numbers,
-        num_workers=run.args.workers,
-        pin_memory=run.device.type == "cuda",
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
     )
     return augment.stream(loader)
 

@@ -267,7 +267,7 @@ def score(run, val, stage, net, step):
     middles = photos.Middles(val, args.size, args.eval_batch_size, run.rank, run.world)
     found, training = torch.zeros(3, dtype=torch.float64), net.training
     net.eval()
-    for batch in loop.load(run, middles, range(len(middles))):
+    for batch in loop.load(middles, range(len(middles)), args.workers, run.device):
         images, labels = (batch[k].to(run.device, non_blocking=True) for k in ("image", "label"))
         images = images.permute(0, 3, 1, 2).float() / 255  # channels-last (B, 3, S, S)
         images = augment.normalise(images, model.IMAGENET_MEAN, model.IMAGENET_STD)

@@ -245,7 +245,9 @@ def test_accumulation_is_the_batch_in_parts(folder):
         torch.manual_seed(0)
         net = model.build("nano", 3, drop_path=0, dropout=0).eval()
         learner = Learner(net, methods.METHODS["none"](None, None))
-        batches = loop.load(run_, train.make_batches(run_, run_.train, 4), range(accumulate))
+        batches = loop.load(
+            train.make_batches(run_, run_.train, 4), range(accumulate), 0, run_.device
+        )
         for _ in range(accumulate):
             terms = train.loss_terms(run_, None, learner, next(batches))
             (sum(terms.values()) / accumulate).backward()
