@@ -75,9 +75,8 @@ def nets(args, spec, lean=False, channels_last=False, compile=False):
     student = model.build(args.student, args.num_classes)
     method = methods.build(spec, student, teacher)
     learner = Learner(student, method).train()
-    look = Teacher(teacher, FACTS, FACTS["mean"], FACTS["std"], method.needs_logits)
     if lean:
-        teacher.requires_grad_(False)
+        look = Teacher(teacher, FACTS, FACTS["mean"], FACTS["std"], method.needs_logits)
     else:
         look = teacher  # called as it is: with its graph and its head
         for module in (*teacher.modules(), *student.modules()):
@@ -102,8 +101,8 @@ def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
     before = memory(args.device, "now")
     learner, look = nets(args, spec, **how)
     wrapped = wrap(learner)
-    fused = variant != "naive"
-    optimizer = torch.optim.AdamW(parameter_groups(learner, 0.01), lr=1e-4, fused=fused)
+    groups = parameter_groups(learner, 0.01)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused="lean" in how)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=False)
     batches = loader(args, batch_size, args.workers)
     watch = Stopwatch(args.device)

@@ -1,12 +1,11 @@
 """Pre-training: photos and their windows, classifiers, what teaches them, runs, mistakes."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from conftest import write_photos
 from PIL import Image
-from test_train import ROOT, same, weights, write_folder
+from test_train import command as train_command
+from test_train import same, weights, write_folder
 from torchvision.models import VisionTransformer
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
@@ -60,13 +60,7 @@ def run(tree, out, *more):
     return json.loads((Path(out) / "metrics.json").read_text())
 
 
-def command(*argv, processes=1):
-    python = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    python += ["--master_port", str(30600 + os.getpid() % 1000)]
-    python = python if processes > 1 else [sys.executable]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([*python, str(ROOT / "pretrain.py"), *argv], env=env, **pipes)
+command = functools.partial(train_command, script="pretrain.py")
 
 
 def encoders(*outs):

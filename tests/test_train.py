@@ -47,15 +47,15 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def command(*argv, processes=1, **kw):
-    """The script as a user starts it."""
+def command(*argv, processes=1, script="train.py", **kw):
+    """A script as a user starts it."""
     python = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     if processes > 1:
         python += ["--master_port", str(29500 + os.getpid() % 1000)]
     python = python if processes > 1 else [sys.executable]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([*python, str(ROOT / "train.py"), *argv], env=env, **pipes, **kw)
+    return subprocess.Popen([*python, str(ROOT / script), *argv], env=env, **pipes, **kw)
 
 
 # ------------------------------------------------------------------------------------------------
