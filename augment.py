@@ -31,15 +31,23 @@ class Augment:
     label_stride: int = 1  # labels at 1/stride of the crop, by nearest
 
 
-@functools.lru_cache(2)  # a batch may reach into the next epoch
+@functools.lru_cache(4)  # a batch may reach into the next epoch, of two rows
 def epoch_order(epoch, n, seed):
     return np.random.default_rng([seed, 1, epoch]).permutation(n)
 
 
-def sample_indices(step, batch_size, n, seed):
-    """The indices of batch `step` (from 0) in an endless row of shuffled epochs over n items."""
-    at = np.arange(step * batch_size, (step + 1) * batch_size)
-    return [int(epoch_order(p // n, n, seed)[p % n]) for p in at.tolist()]
+def sample_indices(step, batch_size, n, seed, labelled=0):
+    """The indices of batch `step` (from 0) in an endless row of shuffled epochs over n items.
+
+    With only the first `labelled` items labelled, they and the others take turns, each in epochs
+    of their own: half of any batch has labels, however few there are.
+    """
+    at = range(step * batch_size, (step + 1) * batch_size)
+    if not 0 < labelled < n:
+        return [int(epoch_order(p // n, n, seed)[p % n]) for p in at]
+    groups = ((0, labelled), (labelled, n - labelled))  # first item, how many
+    rows = [(*groups[p % 2], p // 2) for p in at]
+    return [first + int(epoch_order(p // size, size, seed)[p % size]) for first, size, p in rows]
 
 
 def colour_matrix(rng, strength):
@@ -86,7 +94,8 @@ def host_batch(split, step, batch_size, seed, a, rows):
     rows: the slice of the batch that this process works on.
     """
     items = []
-    indices = sample_indices(step, batch_size, len(split), seed)
+    labelled = getattr(split, "labelled", 0)
+    indices = sample_indices(step, batch_size, len(split), seed, labelled)
     for k in range(batch_size)[rows]:
         rng = np.random.default_rng([seed, 2, step * batch_size + k])  # the place in the stream
         image, label = split.pair(indices[k])

@@ -14,7 +14,6 @@ untrained: neither changes what is computed.
 import argparse
 import json
 import os
-import platform
 import socket
 import tempfile
 import time
@@ -35,7 +34,7 @@ import model
 import parallel
 from files import UserError
 from step import Learner, Teacher, parameter_groups, update
-from timing import Stopwatch, in_processes, matmul_peak, memory, timed
+from timing import Stopwatch, hardware, in_processes, matmul_peak, memory, timed
 
 # How a step can be computed; each line adds to the one before it. naive is what the released code
 # does: a graph and a head for the teacher, heads as drawn in the paper, attention written out.
@@ -452,16 +451,6 @@ def check(args):
     with torch.device("meta"):
         teacher = model.build(args.teacher, args.num_classes)
         methods.build(args.method, model.build(args.student, args.num_classes), teacher)
-
-
-def hardware(device):
-    """What it ran on, in words."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
 
 
 def main(args):

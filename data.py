@@ -23,7 +23,7 @@ import doctor
 import prepare
 import scenes
 from catalog import DATASETS, in_parallel, read_image, read_pair
-from distill import paper_weights
+from distill import IGNORE, paper_weights
 from files import UserError, cli
 from sources import SOURCES
 
@@ -91,6 +91,22 @@ class Subset:
 
     def label(self, i):
         return self.split.label(self.indices[i])
+
+
+class FewLabels(Subset):
+    """A split's images, first the n that keep their labels; the others' labels are all IGNORE."""
+
+    def __init__(self, split, n):
+        super().__init__(split, n)
+        rest = np.setdiff1d(np.arange(len(split)), self.indices)
+        self.indices, self.labelled = np.concatenate([self.indices, rest]), n
+
+    def pair(self, i):
+        return self.image(i), self.label(i)
+
+    def label(self, i):
+        label = super().label(i)
+        return label if i < self.labelled else np.full_like(label, IGNORE)
 
 
 def open_split(dataset, split, data_dir=None, cache="on", cache_dir=None, cache_gb=None):

@@ -23,6 +23,7 @@ import parallel
 from files import UserError
 from settings import settings
 from step import learning_rate, parameter_groups, update
+from timing import hardware
 
 # ------------------------------------------------------------------------------------------------
 # a run and its files
@@ -82,7 +83,7 @@ def resume(run):
         run.print(f"{path} is not there: nothing to resume, starting from the beginning")
         return
     state = files.load_tensors(path)
-    if not isinstance(state, dict) or state.get("format") != "run-state-1":
+    if not isinstance(state, dict) or state.get("format") != "run-state-2":
         raise UserError(f"{path}: not the state of a run; was another file put in its place?")
     for name, now in settings(run.args).items():
         was = state["settings"].get(name)
@@ -104,17 +105,18 @@ def resume(run):
 def save_state(run, stage=None, step=0, parts=None):
     """last.pt, all that --resume needs. parts: name -> object with a state_dict, within a stage."""
     if run.rank == 0:
-        tree = dict(format="run-state-1", stage=stage, step=step, results=run.results)
+        tree = dict(format="run-state-2", stage=stage, step=step, results=run.results)
         tree |= dict(settings=settings(run.args), inits=run.inits)
         tree |= {name: part.state_dict() for name, part in (parts or {}).items()}
         files.save_tensors(run.out / "last.pt", tree)
 
 
 def save_metrics(run, tree):
-    """metrics.json: `tree`, the results of all stages, and what the run was told."""
+    """metrics.json: `tree`, the results of all stages, what the run was told, where it ran."""
+    tree = tree | run.results | dict(settings=settings(run.args))
+    tree |= dict(hardware=hardware(run.device), torch=torch.__version__)
     with files.atomic(run.out / "metrics.json") as tmp:
-        text = json.dumps(tree | run.results | dict(settings=settings(run.args)), indent=1)
-        Path(tmp).write_text(text + "\n")
+        Path(tmp).write_text(json.dumps(tree, indent=1) + "\n")
 
 
 def catch_signals(run):
@@ -159,16 +161,19 @@ def run_steps(run, stage, parts, batches, loss_terms, schedule, batch_size, scor
 
     parts: what `place` returns and, if there is one, ema, a running average of learner.student;
     batches: host batches by number, `accumulate` a step; loss_terms(learner, batch): dict of
-    scalars; score(net, step): for --eval-every.
+    scalars; score(net, step): for --eval-every. Returns the seconds that it took, of interrupted
+    runs together, scoring left out.
     """
     args, total = run.args, schedule["total"]
+    watch = Watch(run, stage, total, batch_size)
+    parts = parts | dict(watch=watch)
     first = restore(run, stage, parts)
     learner, optimizer, scaler = parts["learner"], parts["optimizer"], parts["scaler"]
     wrapped = parallel.wrap(learner, run.device)
-    watch = Watch(run, stage, first, total, batch_size)
     numbers = range(first * args.accumulate, total * args.accumulate)
     batches = load(batches, numbers, args.workers, run.device)
     learner.train()
+    watch.begin(first)
     saved = time.time()
     for step in range(first, total):
         lr = learning_rate(step, **schedule)
@@ -189,7 +194,8 @@ def run_steps(run, stage, parts, batches, loss_terms, schedule, batch_size, scor
         if due:
             watch.report(step, lr)
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < total:
-            score(parts["ema"].module if "ema" in parts else learner.student, step + 1)
+            with watch.paused():
+                score(parts["ema"].module if "ema" in parts else learner.student, step + 1)
         if stopping or time.time() - saved > args.save_every:
             watch.check()
             save_state(run, stage, step + 1, parts)
@@ -198,6 +204,7 @@ def run_steps(run, stage, parts, batches, loss_terms, schedule, batch_size, scor
             run.print(f"stopped after step {step + 1} of {stage}; the same with --resume goes on")
             raise SystemExit(128 + (run.signals or [signal.SIGTERM])[0])
     watch.check()
+    return watch.seconds()
 
 
 def restore(run, stage, parts):
@@ -230,11 +237,20 @@ def load(batches, numbers, workers, device):
 class Watch:
     """Sums the loss terms on the device, and says every few seconds how things go."""
 
-    def __init__(self, run, stage, first, total, batch_size):
+    def __init__(self, run, stage, total, batch_size):
         self.run, self.stage, self.total, self.batch_size = run, stage, total, batch_size
-        self.first, self.start = first, time.time()
-        self.told, self.told_step = self.start, first
         self.names, self.sums, self.bad = [], 0, None
+        self.before = 0.0  # seconds that the stage took until it was interrupted
+
+    def state_dict(self):
+        return dict(seconds=self.seconds())
+
+    def load_state_dict(self, state):
+        self.before = state["seconds"]
+
+    def begin(self, first):
+        self.first = self.told_step = first
+        self.start = self.told = time.time()
 
     def add(self, step, terms):
         self.names = list(terms)
@@ -252,6 +268,17 @@ class Watch:
                     f"{self.stage}: the loss term '{name}' was not finite at step {int(step)}. Try "
                     "a lower --lr or --dtype bfloat16 in a new --out-dir"
                 )
+
+    def seconds(self):
+        return round(self.before + time.time() - self.start, 1)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time spent within is not training's."""
+        paused = time.time()
+        yield
+        self.start += time.time() - paused
+        self.told += time.time() - paused
 
     def due(self, step):
         """Time for a line? Whatever this process says, all of them report when one does."""

@@ -13,7 +13,6 @@ train.py are made for maps of labels.
 import argparse
 import functools
 import math
-import time
 
 import torch
 import torch.nn.functional as F
@@ -231,7 +230,7 @@ def loss_terms(run, classes, looks, learner, batch):
 
 def train_classifier(run, net, teacher, train, val):
     """Train `net`; returns the seconds that took."""
-    args, start = run.args, time.time()
+    args = run.args
     method = build_method(args, net, teacher)
     learner = Learner(net, method, args.ce_weight, args.label_smoothing)
     parts = loop.place(run, learner, args.lr)
@@ -250,8 +249,8 @@ def train_classifier(run, net, teacher, train, val):
     terms = functools.partial(loss_terms, run, len(train.classes), looks)
     schedule = dict(peak=args.lr, total=args.max_iters, warmup=args.warmup, decay=args.decay)
     scoring = functools.partial(score, run, val, "encoder")
-    loop.run_steps(run, "encoder", parts, batches, terms, schedule, args.batch_size, scoring)
-    return round(time.time() - start, 1)
+    steps = (batches, terms, schedule, args.batch_size, scoring)
+    return loop.run_steps(run, "encoder", parts, *steps)
 
 
 def hits(logits, labels, k):

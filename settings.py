@@ -27,6 +27,8 @@ COMMON = dict(
     weight_decay=0.01,
     clip=1.0,
     class_weights="none",
+    label_stride=1,
+    normalise="imagenet",
 )
 # the teacher learns from 800 drawn scenes, the student from 20 of them: what a teacher is good for
 SCENES = dict(student="nano", teacher="b0", student_images=20, alone=True, max_iters=900)
@@ -45,10 +47,10 @@ DEFAULTS = {
     "cocostuff10k": COMMON,
 }
 # TransKD as released. Beyond these flags: whole images, resized to a shorter side of 512, flipped
-# and shifted by up to 2 pixels; RGB in [0, 1] without mean and std; labels, loss and score at a
-# quarter of the size; weight decay on everything; lr * (1 - epoch / 1500) over 1000 epochs.
+# and shifted by up to 2 pixels; weight decay on everything; lr * (1 - epoch / 1500), 1000 epochs.
 PAPER = dict(batch_size=2, teacher_batch_size=8, lr=6e-5, warmup=0.0, clip=0.0, colour=0.0)
 PAPER |= dict(class_weights="paper", csf_norm="batch", protocol="paper")
+PAPER |= dict(label_stride=4, normalise="none")
 # where there are ImageNet weights, on the hub or in torchvision
 IMAGENET = {f"b{n}": f"nvidia/mit-b{n}" for n in range(6)} | cnn.MODELS
 IMAGENET |= {f"pvt_v2_b{n}": f"OpenGVLab/pvt_v2_b{n}" for n in range(6)}
@@ -58,7 +60,7 @@ PAPER_DECIDES = ("crop_size", "scale")
 # smallest and largest value of the flags that are numbers
 LIMITS = dict.fromkeys(
     """max_iters teacher_iters batch_size teacher_batch_size accumulate student_images
-    eval_batch_size""".split(),
+    student_labels label_stride eval_batch_size""".split(),
     (1, 10**9),
 )
 LIMITS |= dict.fromkeys(
@@ -106,6 +108,12 @@ def get_args(argv=None):
     )
     p.add_argument("--alone", action=yes_or_no, help="also train the student by itself")
     p.add_argument("--student-images", type=int, help="only N of the training images (all)")
+    p.add_argument(
+        "--student-labels",
+        type=int,
+        help="labels of only N of these; the others teach by --method alone, as every second image "
+        "of a batch, and the student alone does without them",
+    )
     p.add_argument("--recipe", choices=("default", "paper"), default="default", help="see PAPER")
     methods.add_flags(p)
     # how long, how fast
@@ -127,6 +135,8 @@ def get_args(argv=None):
     p.add_argument("--crop-size", type=int, nargs="+", help="height and width, or one for both")
     p.add_argument("--scale", type=float, nargs=2, help="range of the random resize before it")
     p.add_argument("--colour", type=float, help="strength of the colour changes; 0: none")
+    p.add_argument("--label-stride", type=int, help="labels, and their loss, at 1/N of the size")
+    p.add_argument("--normalise", choices=("imagenet", "none"), help="none: RGB in [0, 1]")
     p.add_argument("--protocol", choices=("full", "paper"), help="of scoring, see eval.py")
     add_run_flags(p)
     return p.parse_args(argv)

@@ -4,12 +4,23 @@ Measuring: seconds, memory, the most a device can do. For `flops.py` and `bench.
 
 import concurrent.futures
 import multiprocessing
+import platform
 import statistics
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
+
+
+def hardware(device):
+    """What it ran on, in words."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
 
 
 def synchronise(device):

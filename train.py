@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import time
 
 import numpy as np
 import torch
@@ -58,8 +57,12 @@ class Run(loop.Run):
     facts: dict  # what goes into every checkpoint beside the weights
 
     def images(self, stage):
-        """The split that a stage learns from."""
-        return self.train if stage == "teacher" else self.few
+        """The split that a stage learns from: without a teacher, only images with labels."""
+        labels = self.args.student_labels
+        if stage == "teacher" or not labels:
+            return self.train if stage == "teacher" else self.few
+        unaided = stage == "alone" or self.args.method == "none"
+        return (data.Subset if unaided else data.FewLabels)(self.few, labels)
 
 
 def open_run(args):
@@ -81,28 +84,32 @@ def open_run(args):
         args.teacher_iters = args.teacher_iters or shorter
     args.teacher_iters = min(args.teacher_iters or args.max_iters, args.max_iters)
     height, width = train.image(0).shape[:2]
+    whiten = args.normalise == "imagenet"
     facts = dict(
         dataset=args.dataset,
         classes=list(dataset.classes),
         palette=[list(c) for c in dataset.palette],
-        mean=list(model.IMAGENET_MEAN),
-        std=list(model.IMAGENET_STD),
+        mean=list(model.IMAGENET_MEAN) if whiten else [0.0] * 3,
+        std=list(model.IMAGENET_STD) if whiten else [1.0] * 3,
         short_side=min(height, width),  # of the images it was trained on
         resize=None,  # to this shorter side, for scoring
         void=None,  # the output that is none of the classes
         dtype=args.dtype,
     )
     crop = tuple(args.crop_size * 2)[:2] if len(args.crop_size) == 1 else tuple(args.crop_size)
-    how = augment.Augment(crop, tuple(args.scale), colour=args.colour)
+    look = dict(colour=args.colour, label_stride=args.label_stride)
     if args.recipe == "paper":
-        facts |= dict(mean=[0.0] * 3, std=[1.0] * 3, short_side=512, resize=512)
+        facts |= dict(short_side=512, resize=512)
         scale = 512 / min(height, width)
         crop = (int(height * scale + 0.5), int(width * scale + 0.5))
-        how = augment.Augment(crop, colour=args.colour, fit=True, label_stride=4)
+        look |= dict(fit=True)
+    else:
+        look |= dict(scale=tuple(args.scale))
     place["out"].mkdir(parents=True, exist_ok=True)
     few = data.Subset(train, args.student_images) if args.student_images else train
     splits = dict(dataset=dataset, train=train, few=few, val=val)
-    run = Run(args=args, **place, **splits, augment=how, facts=facts)
+    run = Run(args=args, **place, **splits, augment=augment.Augment(crop, **look), facts=facts)
+    run.images("student")  # are there as many?
     if args.resume:
         loop.resume(run)
     return run
@@ -132,11 +139,9 @@ def run_stage(run, stage, name, method="none", teacher=None):
     of = len(run.images(stage))
     adapters = f", {extra:,} more parameters to train" * (extra > 0)
     run.print(f"{iters} steps of {batch_size}, from {of} images{adapters}")
-    start = time.time()
     lr = args.teacher_lr if is_teacher else args.lr
     lr = lr or (args.lr if init == "scratch" else min(args.lr, FINE_TUNING_LR))
-    net = train_stage(run, stage, net, method, teacher, iters, batch_size, lr)
-    seconds = round(time.time() - start, 1)
+    net, seconds = train_stage(run, stage, net, method, teacher, iters, batch_size, lr)
     record(run, stage, net, run.facts, iters, seconds)
     if run.rank == 0:
         model.save(path, net, **run.facts)
@@ -197,7 +202,7 @@ def record(run, stage, net, facts, steps, seconds):
 
 
 def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
-    """Train `net` for `iters` steps; returns the net to keep (its running average with --ema)."""
+    """Train `net`: (the net to keep, with --ema its running average; the seconds it took)."""
     args = run.args
     split = run.images(stage)
     paper = args.recipe == "paper"
@@ -217,8 +222,8 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
     batches = make_batches(run, split, batch_size)
     terms = functools.partial(loss_terms, run, looks)
     scoring = functools.partial(score, run, stage, facts=run.facts)
-    loop.run_steps(run, stage, parts, batches, terms, schedule, batch_size, scoring)
-    return parts["ema"].module if args.ema else net
+    seconds = loop.run_steps(run, stage, parts, batches, terms, schedule, batch_size, scoring)
+    return (parts["ema"].module if args.ema else net), seconds
 
 
 def make_batches(run, split, batch_size):
@@ -272,8 +277,9 @@ def report(run, nets):
             f"{shares[1]:>11s} {shares[2]:>13s} {loop.clock(r['seconds']):>8s}"
         )
     h, w = run.augment.crop
-    few = f"student from {len(run.few)} of {len(run.train)} training images; "
-    few *= run.few is not run.train
+    few = f"student from {len(run.few)} of {len(run.train)} training images"
+    few += f", labels of {run.args.student_labels}" * bool(run.args.student_labels)
+    few = f"{few}; " * bool(run.args.student_images or run.args.student_labels)
     scored = f"{student['images']} val images, protocol {student['protocol']}"
     run.print(f"{few}GMACs at {h}x{w}; {scored}")
     pictures(run, nets, ["photo", "labels", *(titles[s] for s in run.results)])

@@ -148,3 +148,17 @@ def test_every_epoch_sees_every_image_once_in_a_new_order():
     assert epochs[0] != epochs[1] != epochs[2]
     assert sample_indices(0, 4, 12, seed=1) != epochs[0][:4]
     assert len(sample_indices(0, 30, 12, seed=0)) == 30  # a batch larger than the data
+
+
+def test_few_labels_are_half_of_every_batch():
+    """Even places from the labelled, odd ones from the others, each in whole epochs."""
+    stream = [i for step in range(10) for i in sample_indices(step, 6, 13, seed=0, labelled=3)]
+    labelled, others = stream[::2], stream[1::2]
+    for k in range(0, 30, 3):
+        assert sorted(labelled[k : k + 3]) == [0, 1, 2]
+    for k in range(0, 30, 10):
+        assert sorted(others[k : k + 10]) == list(range(3, 13))
+    assert len({tuple(labelled[k : k + 3]) for k in range(0, 30, 3)}) > 1
+    assert others[:10] != others[10:20]
+    for labelled in (0, 13):  # of all or none: as if nothing was said
+        assert sample_indices(2, 6, 13, 0, labelled) == sample_indices(2, 6, 13, 0)

@@ -296,3 +296,22 @@ def test_doctor_knows_raw_cityscapes_ids(tmp_path, capsys):
     relabel(folder, lambda y: np.where(y == 255, 0, y + 8).astype(np.uint8))
     out, problem = check(folder, capsys)
     assert "raw Cityscapes ids" in out and problem
+
+
+def test_few_labels():
+    """Those that a subset would take keep their labels and come first, the rest are ignored."""
+    dataset = catalog.open_dataset("scenes")
+    split = data.Subset(data.open_split(dataset, "val"), 9)
+    few, taken = data.FewLabels(split, 3), data.Subset(split, 3)
+    assert len(few) == 9 and few.labelled == 3 and sorted(few.indices) == list(range(9))
+    for i in range(9):
+        image, label = few.pair(i)
+        assert np.array_equal(image, split.image(few.indices[i]))
+        if i < 3:
+            assert few.indices[i] == taken.indices[i] and np.array_equal(label, taken.label(i))
+        else:
+            assert label.shape == image.shape[:2] and (label == 255).all()
+    pixels = data.class_pixels(few)
+    assert (pixels[:255] == data.class_pixels(taken)[:255]).all()  # for the weights of classes
+    with pytest.raises(UserError, match="10 images of a split that has 9"):
+        data.FewLabels(split, 10)

@@ -255,6 +255,67 @@ def test_accumulation_is_the_batch_in_parts(folder):
     assert (grads[0] - grads[1]).norm() < 0.05 * grads[0].norm()  # the halves' valid pixels differ
 
 
+def test_few_labels(folder, tmp_path, capsys):
+    """Of the images without labels the student learns by distillation, whatever is in their labels.
+
+    The student alone does without these images.
+    """
+    run(folder, tmp_path / "teacher", "--method", "none")
+    ckpt = ["--teacher-ckpt", str(tmp_path / "teacher/student.pt")]
+    few = ["--student-labels", "2"]
+    run(folder, tmp_path / "a", *ckpt, *few, "--alone")
+    assert "student from 6 of 6 training images, labels of 2; " in capsys.readouterr().out
+    run(folder, tmp_path / "images", *ckpt, "--student-images", "2", "--alone")
+    run(folder, tmp_path / "none", "--method", "none", *few)
+    assert same(weights(tmp_path / "a", "alone.pt"), weights(tmp_path / "images", "alone.pt"))
+    assert same(weights(tmp_path / "a", "alone.pt"), weights(tmp_path / "none"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "images"))
+    for i in (1, 2, 3, 4):  # evenly spaced: p0 and p5 keep theirs
+        path = folder / "labels" / f"p{i}.png"
+        Image.new("L", Image.open(path).size, 1).save(path)
+    run(folder, tmp_path / "b", *ckpt, *few)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    with pytest.raises(UserError, match="7 images of a split that has 6"):
+        run(folder, tmp_path / "c", *ckpt, "--student-labels", "7")
+
+
+def test_stride_of_labels_and_images_as_they_are(folder, tmp_path):
+    more = ["--label-stride", "4", "--normalise", "none"]
+    args = train.get_args(words(folder, tmp_path / "out", *more))
+    train.resolve(args)
+    run_ = train.open_run(args)
+    batch = next(loop.load(train.make_batches(run_, run_.train, 4), range(1), 0, run_.device))
+    facts = run_.facts
+    images, labels = train.augment.device_batch(batch, "cpu", facts["mean"], facts["std"])
+    assert images.shape[2:] == (32, 32) and labels.shape == (4, 8, 8)
+    assert 0 <= images.min() and images.max() <= 1 and facts["std"] == [1.0] * 3
+    run(folder, tmp_path / "out", *more)
+    assert model.load(tmp_path / "out/student.pt")[1]["mean"] == [0.0] * 3
+
+
+def test_seconds_are_those_of_training(folder, tmp_path, monkeypatch):
+    """Scoring is not training; an interrupted stage took what its parts took."""
+    evaluate, update, save = evaluation.evaluate, loop.update, loop.save_state
+
+    def slow(seconds, work):
+        return lambda *a, **kw: (time.sleep(seconds), work(*a, **kw))[1]
+
+    def save_and_die(run_, at=None, done=0, parts=None):
+        save(run_, at, done, parts)
+        if done == 4:
+            raise Stop
+
+    monkeypatch.setattr(evaluation, "evaluate", slow(3, evaluate))
+    monkeypatch.setattr(loop, "update", slow(0.2, update))
+    monkeypatch.setattr(loop, "save_state", save_and_die)
+    more = ["--method", "none", "--eval-every", "2", "--save-every", "0"]
+    with pytest.raises(Stop):
+        run(folder, tmp_path / "out", *more)
+    monkeypatch.setattr(loop, "save_state", save)
+    seconds = run(folder, tmp_path / "out", *more, "--resume")["student"]["seconds"]
+    assert 6 * 0.2 <= seconds < 3
+
+
 # ------------------------------------------------------------------------------------------------
 # interrupted, resumed, in several processes
 
