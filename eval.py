@@ -323,7 +323,7 @@ def print_table(metrics):
     print(f"{metrics['images']} images, protocol {metrics['protocol']}")
 
 
-def get_args():
+def get_args(argv=None):
     p = argparse.ArgumentParser(
         description="Score a checkpoint, or label photos with it", allow_abbrev=False
     )
@@ -369,7 +369,7 @@ def get_args():
         choices=("float32", "bfloat16", "float16"),
         help="of the forward pass (default: as in training)",
     )
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 def main(args):

@@ -1,0 +1,135 @@
+"""
+What `suite.py` compares, and in which size: rows of tables as flags, plans as numbers.
+"""
+
+import methods
+
+# ------------------------------------------------------------------------------------------------
+# what is compared: group -> row -> flags of train.py beside those that all students share
+
+TRANSKD = [name for name in methods.METHODS if name.startswith("transkd")]
+ROWS = {
+    "main": {
+        "alone": "--method none",
+        "alone, twice the steps": "--method none --max-iters {twice}",
+        "alone, pre-trained": "--method none --student-init {student_init}",
+        "alone, pre-trained, lower rate": "--method none --student-init {student_init} --lr {low}",
+        "CSF alone": "--method transkd-base --embed none",
+        "PEA alone": "--method transkd-base --feature-loss none",
+    }
+    | {name: f"--method {name}" for name in TRANSKD},
+    "labels": {
+        "alone, 10 % of the images": "--method none --student-labels {tenth}",
+        "transkd-base, 10 % of the images": "--method transkd-base --student-images {tenth}",
+        "transkd-base, 10 % of the labels": "--method transkd-base --student-labels {tenth}",
+        "alone, 25 % of the images": "--method none --student-labels {quarter}",
+        "transkd-base, 25 % of the images": "--method transkd-base --student-images {quarter}",
+        "transkd-base, 25 % of the labels": "--method transkd-base --student-labels {quarter}",
+    },
+    "ablations": {
+        "twice the steps": "--method transkd-base --max-iters {twice}",
+        "pre-trained": "--method transkd-base --student-init {student_init}",
+        "features x 1/3": "--method transkd-base --feature-weight 0.33",
+        "features x 3": "--method transkd-base --feature-weight 3",
+        "embeddings x 1/3": "--method transkd-base --embed-weight 0.33",
+        "embeddings x 3": "--method transkd-base --embed-weight 3",
+        "both x 1/3": "--method transkd-base --feature-weight 0.33 --embed-weight 0.33",
+        "both x 3": "--method transkd-base --feature-weight 3 --embed-weight 3",
+        "CSF's batch norm on 1x1 maps": "--method transkd-base --csf-norm batch",
+        "features by CWD": "--method transkd-base --feature-loss cwd",
+        "labels at a quarter": "--method transkd-base --label-stride 4",
+        "alone, labels at a quarter": "--method none --label-stride 4",
+        "no mean and std": "--method transkd-base --normalise none",
+        "alone, no mean and std": "--method none --normalise none",
+        "weighted classes": "--method transkd-base --class-weights paper",
+        "alone, weighted classes": "--method none --class-weights paper",
+    },
+    "methods": {
+        name: f"--method {name}" for name in methods.METHODS if name not in ["none", *TRANSKD]
+    },
+}
+GROUPS = [
+    *ROWS,
+    "photos",
+]  # the last: classifiers of photos, alone and by every method of pretrain.py
+PAPER_TOO = ["alone", "alone, pre-trained", *TRANSKD]  # rows scored by the paper's protocol as well
+
+# ------------------------------------------------------------------------------------------------
+# how large, how long
+
+TINY = dict(
+    note="A rehearsal of a few steps, which shows that everything runs and nothing else.",
+    teacher="nano",
+    student="nano",
+    seeds=dict(main=2, labels=1, ablations=1, methods=1, photos=1),
+    pretrain="--size 32 --batch-size 4 --max-iters 2",
+    pairs=[("nano", "nano"), ("vit_tiny", "vit_tiny")],
+    classifiers="--max-iters 1",
+    train="--batch-size 4 --crop-size 32 --eval-every 2",
+)
+TINY["data"] = dict.fromkeys(
+    ("folder", "camvid", "nyuv2"),
+    dict(teacher="--max-iters 2", student="--max-iters 4", twice=8, low=1e-4, tenth=1, quarter=2),
+)
+REDUCED = dict(
+    note="A reduced version, for two CPU cores: teacher MiT-B0 and student `nano`, an eighth of it "
+    "in size, in place of B2 and B0, Tiny-ImageNet at 64x64 in place of ImageNet, small crops, few "
+    "steps: no net is near what it could reach. It stands in for the full plan until that has run.",
+    teacher="b0",
+    student="nano",
+    seeds=dict(main=3, labels=2, ablations=1, methods=1, photos=2),
+    pretrain="--size 64 --batch-size 128 --epochs 10 --lr 1e-3 --area 0.3 1 --colour 0.2 "
+    "--dtype bfloat16",
+    mit="--drop-path 0",
+    vit="--patch 16",
+    pairs=[("b0", "nano"), ("vit_small", "vit_tiny")],
+    classifiers="--epochs 2",
+    train="--batch-size 8 --dtype bfloat16",
+    data={
+        "camvid": dict(
+            teacher="--crop-size 176 240 --max-iters 2500 --lr 5e-4",
+            student="--crop-size 176 240 --max-iters 1000 --lr 3e-3 --eval-every 100",
+            twice=2000,
+            low=1e-3,
+            tenth=37,
+            quarter=92,
+        ),
+        "nyuv2": dict(
+            teacher="--crop-size 192 256 --max-iters 4000 --lr 5e-4",
+            student="--crop-size 192 256 --max-iters 1500 --lr 3e-3",
+            twice=3000,
+            low=1e-3,
+            tenth=80,
+            quarter=199,
+        ),
+    },
+)
+FULL = dict(
+    note="",
+    teacher="b2",
+    student="b0",
+    seeds=dict(main=3, labels=3, ablations=2, methods=3, photos=3),
+    pretrain="--size 64 --batch-size 512 --epochs 100 --lr 1e-3 --mixup 0.8 --cutmix 1",
+    pairs=[("b2", "b0"), ("vit_small", "vit_tiny")],
+    classifiers="--epochs 100",
+    train="--batch-size 16",
+    data={
+        "camvid": dict(
+            teacher="--crop-size 352 480 --max-iters 10000 --lr 2e-4",
+            student="--crop-size 352 480 --max-iters 10000 --lr 6e-4 --eval-every 500",
+            twice=20000,
+            low=2e-4,
+            tenth=37,
+            quarter=92,
+        ),
+        "nyuv2": dict(
+            teacher="--crop-size 480 --max-iters 20000 --lr 2e-4",
+            student="--crop-size 480 --max-iters 20000 --lr 6e-4 --eval-every 1000",
+            twice=40000,
+            low=2e-4,
+            tenth=80,
+            quarter=199,
+        ),
+    },
+)
+PLANS = dict(tiny=TINY, reduced=REDUCED, full=FULL)

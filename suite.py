@@ -1,0 +1,305 @@
+"""
+Evidence: every run behind docs/results.md, by one command that can be stopped and run again.
+
+    python suite.py --data camvid=D1 nyuv2=D2 --photos D3 --plan reduced --jobs 2
+    python suite.py --data camvid=D1 --photos D3 --list          # the commands, and what is done
+
+A plan says how large and how long; the rows are the same for all plans. All students of a data set
+have the same steps, batches, crops and rates, but for what their row says. Each run is a command
+that could as well be typed. What is done is not done again; what was interrupted goes on.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import classifiers
+import files
+import loop
+import pretrain
+import results
+from files import UserError
+from plans import GROUPS, PAPER_TOO, PLANS, ROWS
+
+HERE = Path(__file__).parent
+
+# ------------------------------------------------------------------------------------------------
+# the runs
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A command of the suite, and the folder that keeps what it makes, its log and the command."""
+
+    argv: list  # script and flags
+    own: list  # flags that say where things are here, not what is computed
+    folder: Path
+    row: tuple = ()  # of a table: data set (or pair of classifiers), group, row, seed
+    needs: list = dataclasses.field(default_factory=list)  # files that other jobs make
+    makes: str = "metrics.json"  # is there when it is done
+
+    @property
+    def made(self):
+        return self.folder / self.makes
+
+    @property
+    def script(self):
+        return self.argv[0].removesuffix(".py")
+
+    @property
+    def command(self):
+        return shlex.join(["python", *self.argv])
+
+
+def merged(script, *flags):
+    """script and flags, given as strings "--a 1 2 --b" of which later ones win."""
+    chosen = {}
+    for word in shlex.split(" ".join(flags)):
+        if word.startswith("--"):
+            name = word
+            chosen[name] = []
+        else:
+            chosen[name].append(word)
+    return [script, *(word for name, values in chosen.items() for word in (name, *values))]
+
+
+def plan_jobs(args):
+    """Every job of a plan, whatever of it is to run: its results go into the tables."""
+    plan, places = PLANS[args.plan], dict(pair.split("=", 1) for pair in args.data)
+    inits, jobs = {}, []
+    for who in ("teacher", "student"):
+        encoder = encoder_job(plan, args, plan[who])
+        inits[f"{who}_init"] = getattr(args, f"{who}_init") or str(encoder.folder / "encoder.pt")
+        jobs += [encoder] * (not getattr(args, f"{who}_init"))
+    for dataset in plan["data"]:
+        jobs += dataset_jobs(plan, args, dataset, places.get(dataset), inits)
+    for pair in plan["pairs"]:
+        jobs += classifier_jobs(plan, args, *pair)
+    return [*{job.made: job for job in jobs}.values()]  # an encoder only once
+
+
+def wanted(jobs, args):
+    """Those of --data and --only, what they wait for, and what scores them once more."""
+    datasets = [pair.split("=", 1)[0] for pair in args.data]
+    rows = {job for job in jobs if job.row and job.row[1] in args.only}
+    chosen = {job for job in rows if job.row[0] in datasets or job.row[1] == "photos"}
+    while True:
+        needed = {need for job in chosen for need in job.needs}
+        more = {j for j in jobs if j.made in needed} - chosen
+        if not more:
+            break
+        chosen |= more
+    made = {job.made for job in chosen}
+    return [j for j in jobs if j in chosen or (j.script == "eval" and {*j.needs} <= made)]
+
+
+def encoder_job(plan, args, name):
+    """The classifier from whose encoder nets start, and which teaches others."""
+    folder = Path(args.out_dir) / "pretrained" / name
+    argv = merged("pretrain.py", classifier_flags(plan, name))
+    return Job(argv, where(args, args.photos, folder), folder)
+
+
+def classifier_flags(plan, name):
+    kind = plan.get("vit" if name in classifiers.VITS else "mit", "")
+    return f"--model {name} {plan['pretrain']} {kind}"
+
+
+def classifier_jobs(plan, args, teacher, student):
+    """A classifier of photos and its students: alone and by every method of pretrain.py."""
+    first = encoder_job(plan, args, teacher)
+    jobs, pair = [first], f"{student} from {teacher}"
+    for seed in range(plan["seeds"]["photos"]):
+        for method in pretrain.WEIGHTS:
+            flags = f"--seed {seed}"
+            if method != "none":
+                flags += f" --method {method} --teacher {first.folder / 'encoder.pt'}"
+            shared = f"{classifier_flags(plan, student)} {plan['classifiers']}"
+            folder = Path(args.out_dir) / "photos" / slug(f"{pair} {method}") / str(seed)
+            argv, own = merged("pretrain.py", shared, flags), where(args, args.photos, folder)
+            needs = [first.made] * (method != "none")
+            jobs.append(Job(argv, own, folder, (pair, "photos", method, seed), needs))
+    return jobs
+
+
+def dataset_jobs(plan, args, dataset, place, inits):
+    """The teacher of a data set, its students, and what scores them by the paper's protocol."""
+    sizes, out = plan["data"][dataset], Path(args.out_dir) / dataset
+    ours = {
+        name: [] if getattr(args, name) else [Path(init).with_name("metrics.json")]
+        for name, init in inits.items()
+    }
+    shared = f"--dataset {dataset} {plan['train']}"
+    flags = f"--student {plan['teacher']} --method none --student-init {inits['teacher_init']}"
+    argv = merged("train.py", shared, flags, sizes["teacher"])
+    own, row = where(args, place, out / "teacher"), (dataset, "teacher", "teacher", 0)
+    teacher = Job(argv, own, out / "teacher", row, ours["teacher_init"])
+    jobs = [teacher]
+    for group in ROWS:
+        for seed in range(plan["seeds"][group]):
+            for row, flags in ROWS[group].items():
+                needs = ours["student_init"] * ("{student_init}" in flags)
+                flags = flags.format(**sizes, **inits)
+                if not flags.startswith("--method none"):
+                    flags += f" --teacher-ckpt {teacher.folder / 'student.pt'}"
+                    needs = [*needs, teacher.made]
+                folder, row = out / slug(f"{group} {row}") / str(seed), (dataset, group, row, seed)
+                flags = f"--student {plan['student']} {sizes['student']} {flags} --seed {seed}"
+                argv, own = merged("train.py", shared, flags), where(args, place, folder)
+                jobs.append(Job(argv, own, folder, row, needs))
+    for job in [job for job in jobs if job.row[2] in ["teacher", *PAPER_TOO]]:
+        flags = f"--ckpt {job.folder / 'student.pt'} --dataset {dataset} --protocol paper --json"
+        argv, own = merged("eval.py", flags), where(args, place)
+        jobs.append(Job(argv, own, job.folder, job.row, [job.made], "paper.json"))
+    return jobs
+
+
+def where(args, data_dir, folder=None):
+    """The flags that say where things are, not what is computed."""
+    flags = dict(data_dir=data_dir, cache_dir=args.cache_dir, device=args.device)
+    flags |= dict(out_dir=folder and str(folder))
+    words = [w for k, v in flags.items() if v for w in ("--" + k.replace("_", "-"), v)]
+    return words + ["--resume"] * bool(folder)
+
+
+def slug(title):
+    """A title as a folder's name."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def check_old(jobs):
+    """UserError for a folder whose command was another: its result is not what the plan says."""
+    for job in jobs:
+        path = job.folder / f"{job.script}.command"
+        if path.exists() and path.read_text() != job.command + "\n":
+            raise UserError(
+                f"{path}: made by another command than the plan's now. Remove {job.folder}, or "
+                "pass another --out-dir"
+            )
+
+
+def run_jobs(jobs, at_once):
+    """Run what is not done, `at_once` processes at a time; the jobs that failed or never began."""
+    waiting, running, failed = [job for job in jobs if not job.made.exists()], {}, []
+    total, start, threads = len(waiting), time.time(), max(1, (os.cpu_count() or 1) // at_once)
+    env = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    print(f"{len(jobs) - total} of {len(jobs)} runs are there, {total} to do, {at_once} at a time")
+    try:
+        while waiting or running:
+            for job in [job for job in waiting if all(need.exists() for need in job.needs)]:
+                if len(running) < at_once:
+                    waiting.remove(job)
+                    running[job] = begin(job, env)
+            if not running:
+                break  # what is left waits for a job that failed
+            time.sleep(0.2)
+            for job, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    failed += [] if finish(job, process) else [job]
+                    left = total - len(waiting) - len(running)
+                    eta = (time.time() - start) / left * (total - left)
+                    print(f"{left}/{total}, about {loop.clock(eta)} to go", flush=True)
+    finally:
+        for process in running.values():
+            process.terminate()  # it saves, and goes on when this is run again
+        for process in running.values():
+            process.wait()
+    return failed + waiting
+
+
+def begin(job, env):
+    """Start a job, its words into a log beside what it makes."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / f"{job.script}.command").write_text(job.command + "\n")
+    print(f"{job.script} begins: {job.folder}", flush=True)
+    log, scores = job.folder / f"{job.script}.log", job.folder / f"{job.makes}.tmp"
+    argv = [sys.executable, HERE / job.argv[0], *job.argv[1:], *job.own]
+    with open(log, "a") as err, open(scores, "w") if job.script == "eval" else err as out:
+        return subprocess.Popen(argv, stdout=out, stderr=err, env=env, start_new_session=True)
+
+
+def finish(job, process):
+    """What became of a job; whether it is done."""
+    if process.returncode == 0 and job.script == "eval":
+        os.replace(job.folder / f"{job.makes}.tmp", job.made)
+    if job.made.exists():
+        (job.folder / "last.pt").unlink(missing_ok=True)  # three times the weights, and of no use
+        print(f"{job.script} done: {job.folder}, {results.headline(job.made)}")
+        return True
+    log = (job.folder / f"{job.script}.log").read_text().splitlines()
+    print(f"FAILED ({process.returncode}): {job.command}\n" + "\n".join(log[-5:]))
+    return False
+
+
+# ------------------------------------------------------------------------------------------------
+# the command
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(
+        description="Run every method on every data set, and write docs/results.md",
+        allow_abbrev=False,
+    )
+    p.add_argument("--plan", choices=PLANS, default="full", help="how large, how long")
+    p.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR", help="camvid=D nyuv2=D")
+    p.add_argument("--photos", help="what encoders are pre-trained on, see pretrain.py")
+    p.add_argument("--teacher-init", help="weights in place of that: a file, a name on the hub")
+    p.add_argument("--student-init", help="likewise, for the student that is pre-trained")
+    p.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups of rows (all)")
+    p.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    p.add_argument("--out-dir", help="of the runs (out/suite-PLAN)")
+    p.add_argument("--results", default="docs/results.md", help="where the tables go")
+    p.add_argument("--list", action="store_true", help="print the commands, those done with a +")
+    p.add_argument("--no-runs", action="store_true", help="only write the tables of what is done")
+    p.add_argument("--cache-dir", help="where images are decoded to (.cache beside the data)")
+    p.add_argument("--device", help="as in train.py")
+    return p.parse_args(argv)
+
+
+def check(args):
+    """UserError for what cannot be run: before hours are spent on the rest."""
+    for pair in args.data:
+        name, _, place = pair.partition("=")
+        if name not in PLANS[args.plan]["data"] or not place:
+            known = ", ".join(PLANS[args.plan]["data"])
+            raise UserError(f"--data {pair}: NAME=DIR, with NAME one of {known}")
+    weights = args.teacher_init and args.student_init
+    if not args.photos and ("photos" in args.only or not weights):
+        raise UserError(
+            "--photos is missing: the photos of classifiers, for --only photos, and of encoders "
+            "from which nets start, unless --teacher-init and --student-init say from what"
+        )
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: at least 1")
+    args.out_dir = args.out_dir or f"out/suite-{args.plan}"
+
+
+def main(args):
+    check(args)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    jobs = plan_jobs(args)
+    mine, failed = wanted(jobs, args), []
+    if args.list:
+        print("\n".join(f"{' +'[job.made.exists()]} {job.command}" for job in mine))
+        return
+    check_old(jobs)
+    try:
+        failed = [] if args.no_runs else run_jobs(mine, args.jobs)
+    finally:
+        results.write(args.results, PLANS[args.plan], jobs)
+        print(f"wrote {args.results}")
+    if failed:
+        raise UserError(f"{len(failed)} runs are missing; see above, and the logs beside them")
+
+
+if __name__ == "__main__":
+    cli_args = get_args()
+    files.cli(main, cli_args)

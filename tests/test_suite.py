@@ -1,0 +1,292 @@
+"""The suite: its commands, what it does again and what not, and the tables it writes."""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_folder, write_photos
+
+import catalog
+import eval as evaluation
+import methods
+import plans
+import pretrain
+import results
+import settings
+import suite
+from files import UserError
+
+ROOT = Path(suite.__file__).parent
+
+
+@pytest.fixture
+def place(tmp_path):
+    write_folder(tmp_path / "data")
+    write_photos(tmp_path / "photos")
+    return tmp_path
+
+
+def words(place, *more, plan="tiny"):
+    where = ["--data", f"folder={place}/data", "--photos", f"{place}/photos"]
+    own = ["--out-dir", f"{place}/out", "--results", f"{place}/docs/results.md"]
+    return ["--plan", plan, *where, *own, "--cache-dir", f"{place}/cache", *more]
+
+
+def get_args(place, *more, **kw):
+    args = suite.get_args(words(place, *more, **kw))
+    suite.check(args)
+    return args
+
+
+def start(*argv):
+    """The script as a user starts it."""
+    argv = [sys.executable, str(ROOT / "suite.py"), *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(argv, stdout=-1, stderr=-1, text=True, env=env)
+
+
+# ------------------------------------------------------------------------------------------------
+# the plans
+
+
+@pytest.mark.parametrize("plan", suite.PLANS)
+def test_every_command_of_every_plan_is_one(place, plan, monkeypatch):
+    """Their flags are known, go together, and say what their row says."""
+    monkeypatch.setattr(argparse.ArgumentParser, "error", lambda self, message: fail(message))
+    datasets = suite.PLANS[plan]["data"]
+    args = get_args(place, plan="tiny")
+    args.plan, args.data = plan, [f"{name}=D" for name in datasets]
+    jobs = suite.plan_jobs(args)
+    assert suite.wanted(jobs, args) == jobs
+    assert len({job.made for job in jobs}) == len(jobs)
+    for job in jobs:
+        argv = [*job.argv[1:], *job.own]
+        if job.row and job.row[3] > 0:
+            continue  # the same with another seed
+        if job.script == "train":
+            said = suite_train(argv)
+            if job.row[1] == "methods":
+                assert said.method == job.row[2]
+            assert said.resume and Path(said.out_dir) == job.folder
+            same = [j for j in jobs if j.script == "train" and j.row[0] == job.row[0]]
+            assert sum(j.argv == job.argv for j in same) == 1, "two rows of one command"
+        elif job.script == "pretrain":
+            pretrain.resolve(pretrain.get_args(argv))
+        else:
+            assert evaluation.get_args(argv).protocol == "paper"
+
+
+def fail(message):
+    raise AssertionError(message)
+
+
+def suite_train(argv):
+    """A command of train.py, read and checked as it would be."""
+    args = settings.get_args(argv)
+    settings.resolve(args)
+    if args.teacher_ckpt:
+        settings.check_method(args)
+    return args
+
+
+def test_budgets_are_equal_but_where_the_row_says_so(place):
+    args = get_args(place)
+    args.plan, args.data = "full", ["nyuv2=D"]
+    jobs = suite.wanted(suite.plan_jobs(args), args)
+    students = [j for j in jobs if j.script == "train" and j.row[1] != "teacher"]
+    keys = ("max_iters", "batch_size", "crop_size", "lr", "student", "dtype", "eval_every")
+    budgets = {}
+    for job in students:
+        read = settings.get_args(job.argv[1:])
+        budgets.setdefault(tuple(str(getattr(read, k)) for k in keys), set()).add(job.row[2])
+    common, *others = sorted(budgets.values(), key=len, reverse=True)
+    twice = {"alone, twice the steps", "twice the steps"}
+    assert sorted(others, key=len) == [{"alone, pre-trained, lower rate"}, twice]
+    assert {"alone", "alone, pre-trained", *plans.TRANSKD, "tat", "labels at a quarter"} <= common
+    rows = {name for group in suite.ROWS.values() for name in group}
+    assert set(methods.METHODS) - rows == {"none"}  # which is "alone"
+    assert set(suite.PAPER_TOO) <= rows
+
+
+def test_later_flags_win():
+    assert suite.merged(
+        "x.py", "--a 1 2 --b", "--c 'd e' --a 3"
+    ) == "x.py --a 3 --b --c".split() + ["d e"]
+
+
+def test_data_that_no_plan_knows(place):
+    with pytest.raises(UserError, match="--data cityscapes=D: NAME=DIR, with NAME one of camvid"):
+        suite.check(suite.get_args(["--data", "cityscapes=D", "--photos", "P"]))
+    with pytest.raises(UserError, match="--photos is missing"):
+        suite.check(suite.get_args(["--data", "camvid=D"]))
+    weights = "--data camvid=D --teacher-init a --student-init b".split()
+    with pytest.raises(UserError, match="--photos is missing"):
+        suite.check(suite.get_args(weights))
+    suite.check(suite.get_args([*weights, "--only", "main", "labels"]))
+
+
+def test_what_is_wanted_and_what_that_needs(place):
+    """A group of rows, the teacher, its encoder; not the student's where no row starts from it."""
+    args = get_args(place, "--only", "methods")
+    args.data = ["camvid=D"]
+    jobs = suite.wanted(suite.plan_jobs(args), args)
+    rows = [job.row[1:3] for job in jobs]
+    methods_ = [("methods", row) for row in plans.ROWS["methods"]]
+    teacher = ("teacher", "teacher")
+    assert rows == [(), teacher, *methods_, teacher]  # the last: by the paper's protocol
+    assert {job.row[0] for job in jobs[1:]} == {"camvid"}
+
+
+def test_weights_that_are_there_are_not_trained(place):
+    args = get_args(place, "--teacher-init", "hub/b2", "--student-init", "b0.pth", "--only", "main")
+    jobs = suite.plan_jobs(args)
+    assert not any(job.script == "pretrain" for job in suite.wanted(jobs, args))
+    teacher, alone = (next(j for j in jobs if j.row[2] == row) for row in ("teacher", "alone"))
+    assert "hub/b2" in teacher.argv and not teacher.needs and not alone.needs
+    assert "b0.pth" in next(j for j in jobs if j.row[2] == "alone, pre-trained").argv
+
+
+# ------------------------------------------------------------------------------------------------
+# runs
+
+
+def test_stopped_and_run_again(place, monkeypatch):
+    """Interrupted in its first run, it goes on; a third time there is nothing to do."""
+    child = start(*words(place, "--only", "labels"))
+    for line in child.stdout:
+        if "begins" in line:
+            break
+    child.send_signal(signal.SIGTERM)
+    said, errors = child.communicate()
+    assert child.returncode == 128 + signal.SIGTERM and not errors, errors
+    assert not list((place / "out").rglob("metrics.json"))
+    rows = {k: suite.ROWS["labels"][k] for k in list(suite.ROWS["labels"])[1:3]}
+    monkeypatch.setattr(suite, "ROWS", suite.ROWS | {"labels": rows})
+    suite.main(get_args(place, "--only", "labels", "--jobs", "2"))
+    found = {p: p.stat().st_mtime_ns for p in (place / "out").rglob("*.json")}
+    assert len(found) == 1 + 1 + 1 + 2  # encoder, teacher, its paper.json, two rows
+    assert not list((place / "out").rglob("last.pt"))
+    text = (place / "docs/results.md").read_text()
+    assert "| transkd-base, 10 % of the labels | 1 |" in text and f"{place}/data" not in text
+    suite.main(get_args(place, "--only", "labels"))
+    suite.main(get_args(place, "--only", "ablations", "--no-runs"))  # nothing is forgotten
+    assert found == {p: p.stat().st_mtime_ns for p in (place / "out").rglob("*.json")}
+    assert (place / "docs/results.md").read_text() == text
+    changed = dict(plans.TINY, train="--batch-size 2 --crop-size 64")
+    monkeypatch.setattr(suite, "PLANS", dict(tiny=changed))
+    with pytest.raises(UserError, match="made by another command than the plan's now"):
+        suite.main(get_args(place, "--only", "labels"))
+
+
+def test_a_run_that_fails_is_told_and_what_waits_for_it_does_not_begin(place, capsys):
+    (place / "data/labels/p0.png").unlink()
+    with pytest.raises(UserError, match="8 runs are missing"):
+        suite.main(
+            get_args(
+                place, "--only", "labels", "--teacher-init", "scratch", "--student-init", "scratch"
+            )
+        )
+    said = capsys.readouterr().out
+    assert "FAILED (2)" in said and "have no label: p0" in said
+    assert said.count("begins") == 3  # the teacher, and the students that need none
+    assert "## folder" not in (place / "docs/results.md").read_text()
+
+
+def test_list(place, capsys):
+    suite.main(get_args(place, "--list"))
+    lines = capsys.readouterr().out.splitlines()
+    args = get_args(place)
+    assert len(lines) == len(suite.wanted(suite.plan_jobs(args), args))
+    assert all(line.startswith("  python ") for line in lines)
+    assert not (place / "out").exists() and not (place / "docs").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# tables
+
+
+def write_run(folder, miou, seconds=60.0, paper=None, curve=()):
+    folder.mkdir(parents=True)
+    student = dict(miou=miou, pixel_acc=miou / 2, boundary_iou=miou / 4, seconds=seconds, steps=10)
+    metrics = dict(student=student, miou=miou, hardware="a device", torch="2.6")
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    records = [dict(stage="teacher", step=0, miou=0.9), dict(stage="student", step=1, ce=2.0)]
+    records += [dict(stage="student", step=s, miou=m) for s, m in curve]
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    if paper is not None:
+        (folder / "paper.json").write_text(json.dumps(dict(miou=paper)))
+
+
+def jobs_of(tmp_path, runs):
+    """{(group, row): [keywords of write_run, a dict a seed]} -> jobs that are done."""
+    jobs = []
+    for (group, row), seeds in runs.items():
+        for seed, facts in enumerate(seeds):
+            folder = tmp_path / f"{group}-{row}" / str(seed)
+            write_run(folder, **facts)
+            key = ("camvid", group, row, seed)
+            argv = ["train.py", "--seed", str(seed)]
+            jobs.append(suite.Job(argv, [], folder, key))
+    return jobs
+
+
+def test_tables(tmp_path):
+    a, b = [0.20, 0.24, 0.22], [0.30, 0.32, 0.37]
+    runs = {
+        ("teacher", "teacher"): [dict(miou=0.6, paper=0.5)],
+        ("main", "alone"): [dict(miou=m, seconds=90) for m in a],
+        ("main", "transkd-base"): [dict(miou=m, paper=m + 0.1) for m in b],
+        ("methods", "kd"): [dict(miou=0.1)],
+    }
+    jobs = jobs_of(tmp_path, runs)
+    jobs.append(suite.Job(["train.py"], [], tmp_path / "none", jobs[-1].row))
+    results.write(tmp_path / "docs/r.md", dict(note="A note."), jobs)
+    text = (tmp_path / "docs/r.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    head, teacher, alone, base, _, _, kd = rows
+    assert teacher[:3] == ["teacher", "1", "60.0"] and teacher[6] == "50.0"
+    assert alone[:4] == ["alone", "3", f"22.0 ± {100 * statistics.stdev(a):.1f}", ""]
+    assert alone[6:] == ["", "1.5"]
+    way = (statistics.mean(b) - 0.22) / (0.6 - 0.22)
+    assert base[2:4] == [f"33.0 ± {100 * statistics.stdev(b):.1f}", f"{way:.0%}"]
+    assert base[6] == f"43.0 ± {100 * statistics.stdev(b):.1f}"
+    assert kd[1:4] == ["1", "10.0", f"{-0.12 / 0.38:.0%}"]
+    assert "A note." in text and text.count("a device, torch 2.6") == 1
+    assert text.count("python train.py --seed 0") == 4 and "--seed 1" not in text
+
+
+def test_curve_of_several_seeds(tmp_path):
+    """Time is that of training, in proportion to the steps; the teacher's score is not on it."""
+    curves = [[(5, 0.2), (10, 0.4)], [(5, 0.3), (8, 0.9), (10, 0.6)]]
+    runs = [dict(miou=0.5, seconds=s, curve=c) for s, c in zip((60, 180), curves)]
+    teacher = {("teacher", "teacher"): [dict(miou=0.6)]}
+    jobs = jobs_of(tmp_path, teacher | {("main", "alone"): runs})
+    rows = results.collect(jobs)["camvid"]["main"]["alone"]
+    minutes, shares = results.curve(rows)
+    assert minutes == pytest.approx([1, 2]) and shares == pytest.approx([25, 50])
+    pytest.importorskip("matplotlib")
+    results.write(tmp_path / "r.md", dict(note=""), jobs)
+    assert "![mIoU against training time](r-camvid.png)" in (tmp_path / "r.md").read_text()
+    assert catalog.read_image(tmp_path / "r-camvid.png").std() > 10
+
+
+def test_tables_of_classifiers(place, monkeypatch):
+    """By methods, from a teacher that is trained once, between MiTs and between ViTs."""
+    monkeypatch.setattr(pretrain, "WEIGHTS", dict.fromkeys(["none", "kd"]))
+    args = get_args(place, "--only", "photos", "--jobs", "2")
+    args.data = []
+    suite.main(args)
+    text = (place / "docs/results.md").read_text()
+    for pair in ("nano from nano", "vit_tiny from vit_tiny"):
+        part = text.split(f"## {pair}\n")[1].split("###")[0]
+        rows = [line.split(" | ")[0].strip("| ") for line in part.splitlines() if "|" in line]
+        assert rows[2:] == ["teacher", *pretrain.WEIGHTS]
+    runs = json.loads((place / "out/photos/nano-from-nano-kd/0/metrics.json").read_text())
+    assert f"| kd | 1 | {100 * runs['top1']:.1f} | " in text
+    assert "- vit_tiny: top-1 " in text and len(list((place / "out/pretrained").iterdir())) == 2
