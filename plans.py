@@ -53,6 +53,7 @@ GROUPS = [
     "photos",
 ]  # the last: classifiers of photos, alone and by every method of pretrain.py
 PAPER_TOO = ["alone", "alone, pre-trained", *TRANSKD]  # rows scored by the paper's protocol as well
+CURVES = ["alone, twice the steps", "alone", "alone, pre-trained", "transkd-base"]  # and on the way
 
 # ------------------------------------------------------------------------------------------------
 # how large, how long
@@ -65,11 +66,12 @@ TINY = dict(
     pretrain="--size 32 --batch-size 4 --max-iters 2",
     pairs=[("nano", "nano"), ("vit_tiny", "vit_tiny")],
     classifiers="--max-iters 1",
-    train="--batch-size 4 --crop-size 32 --eval-every 2",
+    train="--batch-size 4 --crop-size 32",
 )
 TINY["data"] = dict.fromkeys(
     ("folder", "camvid", "nyuv2"),
-    dict(teacher="--max-iters 2", student="--max-iters 4", twice=8, low=1e-4, tenth=1, quarter=2),
+    dict(teacher="--max-iters 2", student="--max-iters 4", every=2, twice=8, low=1e-4)
+    | dict(tenth=1, quarter=2),
 )
 REDUCED = dict(
     note="A reduced version, for two CPU cores: teacher MiT-B0 and student `nano`, an eighth of it "
@@ -88,7 +90,8 @@ REDUCED = dict(
     data={
         "camvid": dict(
             teacher="--crop-size 176 240 --max-iters 2500 --lr 5e-4",
-            student="--crop-size 176 240 --max-iters 1000 --lr 3e-3 --eval-every 100",
+            student="--crop-size 176 240 --max-iters 1000 --lr 3e-3",
+            every=100,
             twice=2000,
             low=1e-3,
             tenth=37,
@@ -97,6 +100,7 @@ REDUCED = dict(
         "nyuv2": dict(
             teacher="--crop-size 192 256 --max-iters 4000 --lr 5e-4",
             student="--crop-size 192 256 --max-iters 1500 --lr 3e-3",
+            every=150,
             twice=3000,
             low=1e-3,
             tenth=80,
@@ -116,7 +120,8 @@ FULL = dict(
     data={
         "camvid": dict(
             teacher="--crop-size 352 480 --max-iters 10000 --lr 2e-4",
-            student="--crop-size 352 480 --max-iters 10000 --lr 6e-4 --eval-every 500",
+            student="--crop-size 352 480 --max-iters 10000 --lr 6e-4",
+            every=500,
             twice=20000,
             low=2e-4,
             tenth=37,
@@ -124,7 +129,8 @@ FULL = dict(
         ),
         "nyuv2": dict(
             teacher="--crop-size 480 --max-iters 20000 --lr 2e-4",
-            student="--crop-size 480 --max-iters 20000 --lr 6e-4 --eval-every 1000",
+            student="--crop-size 480 --max-iters 20000 --lr 6e-4",
+            every=1000,
             twice=40000,
             low=2e-4,
             tenth=80,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import files
 from export import installed
+from plans import CURVES
 
 HEAD = ["", "runs", "mIoU", "of the way", "pixels", "boundary IoU", "mIoU, paper's", "minutes"]
 TITLES = {
@@ -16,7 +17,6 @@ TITLES = {
     "ablations": "What matters",
     "methods": "Other methods",
 }
-CURVES = ["alone, twice the steps", "alone", "alone, pre-trained", "transkd-base"]
 
 
 def read(path):

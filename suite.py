@@ -26,7 +26,7 @@ import loop
 import pretrain
 import results
 from files import UserError
-from plans import GROUPS, PAPER_TOO, PLANS, ROWS
+from plans import CURVES, GROUPS, PAPER_TOO, PLANS, ROWS
 
 HERE = Path(__file__).parent
 
@@ -150,6 +150,7 @@ def dataset_jobs(plan, args, dataset, place, inits):
                 if not flags.startswith("--method none"):
                     flags += f" --teacher-ckpt {teacher.folder / 'student.pt'}"
                     needs = [*needs, teacher.made]
+                flags += f" --eval-every {sizes['every']}" * (row in CURVES)
                 folder, row = out / slug(f"{group} {row}") / str(seed), (dataset, group, row, seed)
                 flags = f"--student {plan['student']} {sizes['student']} {flags} --seed {seed}"
                 argv, own = merged("train.py", shared, flags), where(args, place, folder)
