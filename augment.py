@@ -94,7 +94,7 @@ def host_batch(split, step, batch_size, seed, a, rows):
     rows: the slice of the batch that this process works on.
     """
     items = []
-    labelled = getattr(split, "labelled", 0)
+    labelled = getattr(split, "labelled", 0)  # of a data.Selection
     indices = sample_indices(step, batch_size, len(split), seed, labelled)
     for k in range(batch_size)[rows]:
         rng = np.random.default_rng([seed, 2, step * batch_size + k])  # the place in the stream

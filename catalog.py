@@ -131,7 +131,9 @@ def open_camvid(root):
 
 
 def open_folder(root, name="folder", classes=None):
-    """images/STEM.jpg|png, labels/STEM.png, train.txt, val.txt, and perhaps classes.txt."""
+    """images/STEM.jpg|png, labels/STEM.png, train.txt, val.txt; perhaps test.txt, classes.txt, and
+    unlabelled.txt, the stems of images without labels.
+    """
     images, labels = files_in(root / "images"), files_in(root / "labels", (".png",))
     pairs = {}
     for split in ("train", "val", "test"):
@@ -140,10 +142,14 @@ def open_folder(root, name="folder", classes=None):
             continue
         stems = read_lines(path)
         pairs[split] = pair_up(images, labels, stems, path)
+    labelled = [pair[2] for split in pairs.values() for pair in split]
+    if (path := root / "unlabelled.txt").exists():
+        stems = read_lines(path)
+        pairs["unlabelled"] = pair_up(images, dict.fromkeys(stems), stems, path)
     if (root / "classes.txt").exists():
         classes = read_classes(root / "classes.txt")
     elif classes is None:
-        classes = count_classes([pair[2] for split in pairs.values() for pair in split], root)
+        classes = count_classes(labelled, root)
     names, palette = zip(*classes)
     return Dataset(name, names, palette, label_table(len(names), [IGNORE]), pairs)
 

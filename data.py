@@ -72,41 +72,46 @@ class Files:
         return self.pair(i)[1]
 
 
-class Subset:
-    """n of a split's images, evenly spaced: of a video, the whole of it at a lower frame rate."""
+class Selection:
+    """Images of one or more splits, of which only the first `labelled`, if given, keep labels."""
 
-    def __init__(self, split, n):
-        if not 1 <= n <= len(split):
-            raise UserError(f"{n} images of a split that has {len(split)}")
-        self.split, self.indices = split, np.linspace(0, len(split) - 1, n).round().astype(int)
+    def __init__(self, places, labelled=None):
+        self.places = places  # [(split, index there)]
+        self.labelled = len(places) if labelled is None else labelled
 
     def __len__(self):
-        return len(self.indices)
-
-    def pair(self, i):
-        return self.split.pair(self.indices[i])
-
-    def image(self, i):
-        return self.split.image(self.indices[i])
-
-    def label(self, i):
-        return self.split.label(self.indices[i])
-
-
-class FewLabels(Subset):
-    """A split's images, first the n that keep their labels; the others' labels are all IGNORE."""
-
-    def __init__(self, split, n):
-        super().__init__(split, n)
-        rest = np.setdiff1d(np.arange(len(split)), self.indices)
-        self.indices, self.labelled = np.concatenate([self.indices, rest]), n
+        return len(self.places)
 
     def pair(self, i):
         return self.image(i), self.label(i)
 
+    def image(self, i):
+        split, at = self.places[i]
+        return split.image(at)
+
     def label(self, i):
-        label = super().label(i)
+        split, at = self.places[i]
+        label = split.label(at)
         return label if i < self.labelled else np.full_like(label, IGNORE)
+
+
+def evenly(split, n):
+    """n indices of a split, evenly spaced: of a video, the whole of it at a lower frame rate."""
+    if not 1 <= n <= len(split):
+        raise UserError(f"{n} images of a split that has {len(split)}")
+    return np.linspace(0, len(split) - 1, n).round().astype(int)
+
+
+def subset(split, n):
+    return Selection([(split, i) for i in evenly(split, n)])
+
+
+def few_labels(split, n, others=()):
+    """A split with n of its labels, those of `subset`, and `others`, a split without any."""
+    taken = evenly(split, n)
+    rest = np.setdiff1d(np.arange(len(split)), taken)
+    places = [(split, i) for i in [*taken, *rest]] + [(others, i) for i in range(len(others))]
+    return Selection(places, labelled=n)
 
 
 def open_split(dataset, split, data_dir=None, cache="on", cache_dir=None, cache_gb=None):

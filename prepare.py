@@ -40,7 +40,8 @@ def export_scenes(args):
         for stem in stems:
             image, label = scenes.draw(int(stem))
             Image.fromarray(image).save(root / "images" / f"{stem}.png")
-            Image.fromarray(label).save(root / "labels" / f"{stem}.png")
+            if split != "unlabelled":
+                Image.fromarray(label).save(root / "labels" / f"{stem}.png")
         (root / f"{split}.txt").write_text("\n".join(stems) + "\n")
     print(f"{root}: written, in the layout of --dataset folder")
 

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 HEIGHT, WIDTH = 96, 160
-SPLITS = {"train": (0, 800), "val": (1_000_000, 200)}  # first index and number of scenes
+# first index and number of scenes; the last are for --unlabelled
+SPLITS = {"train": (0, 800), "val": (1_000_000, 200), "unlabelled": (2_000_000, 800)}
 CLASSES = (
     ("sky", (70, 130, 180)),
     ("building", (70, 70, 70)),

@@ -114,6 +114,12 @@ def get_args(argv=None):
         help="labels of only N of these; the others teach by --method alone, as every second image "
         "of a batch, and the student alone does without them",
     )
+    p.add_argument(
+        "--unlabelled",
+        metavar="SPLIT",
+        help="a split from whose images the student learns likewise, whether it has labels or not: "
+        "of a folder, unlabelled (D/unlabelled.txt)",
+    )
     p.add_argument("--recipe", choices=("default", "paper"), default="default", help="see PAPER")
     methods.add_flags(p)
     # how long, how fast
@@ -189,6 +195,10 @@ def resolve(args):
         raise UserError("one image at a time needs a --crop-size of 64, for its batch norms")
     if not 0 < args.scale[0] <= args.scale[1]:
         raise UserError(f"--scale {args.scale}: two positive numbers, the smaller first")
+    if args.unlabelled in ("train", "val"):
+        raise UserError(f"--unlabelled {args.unlabelled}: train and val have parts of their own")
+    if args.unlabelled and args.method == "none":
+        raise UserError("--unlabelled has no effect on --method none: who would say what is there?")
     check_limits(args, LIMITS)
     args.teacher_batch_size = args.teacher_batch_size or args.batch_size
     if args.teacher_ckpt or args.method == "none":

@@ -52,17 +52,19 @@ class Run(loop.Run):
     dataset: catalog.Dataset
     train: object  # the splits: data.Packed or data.Files; the teacher's training images,
     few: object  # the student's, which may be fewer,
+    unlabelled: object  # and others without labels, or (),
     val: object  # and those that score both
     augment: augment.Augment
     facts: dict  # what goes into every checkpoint beside the weights
 
     def images(self, stage):
         """The split that a stage learns from: without a teacher, only images with labels."""
-        labels = self.args.student_labels
-        if stage == "teacher" or not labels:
-            return self.train if stage == "teacher" else self.few
-        unaided = stage == "alone" or self.args.method == "none"
-        return (data.Subset if unaided else data.FewLabels)(self.few, labels)
+        if stage == "teacher":
+            return self.train
+        labels = self.args.student_labels or len(self.few)
+        if stage == "alone" or self.args.method == "none":
+            return data.subset(self.few, labels)
+        return data.few_labels(self.few, labels, self.unlabelled)
 
 
 def open_run(args):
@@ -71,8 +73,9 @@ def open_run(args):
     place = loop.start(args, batch_sizes, ("teacher.pt", "student.pt"))
     dataset = catalog.open_dataset(args.dataset, args.data_dir)
     cache = (args.data_dir, args.cache, args.cache_dir, args.cache_gb)
-    train, val = parallel.first_then_others(
-        lambda: [data.open_split(dataset, split, *cache) for split in ("train", "val")]
+    names = ["train", "val", *filter(None, [args.unlabelled])]
+    train, val, *unlabelled = parallel.first_then_others(
+        lambda: [data.open_split(dataset, name, *cache) for name in names]
     )
     if args.workers is None:
         busy = place["device"].type == "cuda" or isinstance(train, data.Files)
@@ -106,8 +109,9 @@ def open_run(args):
     else:
         look |= dict(scale=tuple(args.scale))
     place["out"].mkdir(parents=True, exist_ok=True)
-    few = data.Subset(train, args.student_images) if args.student_images else train
+    few = data.subset(train, args.student_images) if args.student_images else train
     splits = dict(dataset=dataset, train=train, few=few, val=val)
+    splits["unlabelled"] = unlabelled[0] if unlabelled else ()
     run = Run(args=args, **place, **splits, augment=augment.Augment(crop, **look), facts=facts)
     run.images("student")  # are there as many?
     if args.resume:
@@ -279,7 +283,9 @@ def report(run, nets):
     h, w = run.augment.crop
     few = f"student from {len(run.few)} of {len(run.train)} training images"
     few += f", labels of {run.args.student_labels}" * bool(run.args.student_labels)
-    few = f"{few}; " * bool(run.args.student_images or run.args.student_labels)
+    few += f", and {len(run.unlabelled)} without labels" * bool(run.args.unlabelled)
+    told = run.args.student_images or run.args.student_labels or run.args.unlabelled
+    few = f"{few}; " * bool(told)
     scored = f"{student['images']} val images, protocol {student['protocol']}"
     run.print(f"{few}GMACs at {h}x{w}; {scored}")
     pictures(run, nets, ["photo", "labels", *(titles[s] for s in run.results)])

@@ -301,17 +301,22 @@ def test_doctor_knows_raw_cityscapes_ids(tmp_path, capsys):
 def test_few_labels():
     """Those that a subset would take keep their labels and come first, the rest are ignored."""
     dataset = catalog.open_dataset("scenes")
-    split = data.Subset(data.open_split(dataset, "val"), 9)
-    few, taken = data.FewLabels(split, 3), data.Subset(split, 3)
-    assert len(few) == 9 and few.labelled == 3 and sorted(few.indices) == list(range(9))
-    for i in range(9):
+    whole = data.open_split(dataset, "val")
+    split, others = data.subset(whole, 9), data.subset(data.open_split(dataset, "train"), 2)
+    few, taken = data.few_labels(split, 3, others), data.subset(split, 3)
+    assert len(few) == 11 and few.labelled == 3
+    at = [i for _, i in few.places]
+    assert at[:3] == [0, 4, 8] and sorted(at[:9]) == list(range(9)) and at[9:] == [0, 1]
+    for i in range(11):
         image, label = few.pair(i)
-        assert np.array_equal(image, split.image(few.indices[i]))
+        assert np.array_equal(image, split.image(at[i]) if i < 9 else others.image(at[i]))
         if i < 3:
-            assert few.indices[i] == taken.indices[i] and np.array_equal(label, taken.label(i))
+            assert np.array_equal(label, taken.label(i)) and (label != 255).any()
         else:
             assert label.shape == image.shape[:2] and (label == 255).all()
     pixels = data.class_pixels(few)
     assert (pixels[:255] == data.class_pixels(taken)[:255]).all()  # for the weights of classes
     with pytest.raises(UserError, match="10 images of a split that has 9"):
-        data.FewLabels(split, 10)
+        data.few_labels(split, 10)
+    everything = data.few_labels(split, 9)
+    assert [i for _, i in everything.places] == list(range(9)) and everything.labelled == 9

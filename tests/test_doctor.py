@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import test_catalog
+from conftest import write_folder
 from PIL import Image
 from test_data import write_camvid
 
@@ -752,3 +753,19 @@ def test_exit_code(tmp_path):
     )
     assert done.returncode == 2 and "  likely: labels run from 1 to 2" in done.stdout
     assert done.stderr.startswith("error: 8 problem(s) in ") and done.stderr.count("\n") == 1
+
+
+def test_photos_without_labels(tmp_path, capsys):
+    """Those of unlabelled.txt are read and are no mistake; without classes.txt none counts."""
+    root = write_folder(tmp_path / "d")
+    stems = (root / "train.txt").read_text().splitlines()
+    (root / "train.txt").write_text("\n".join(stems[:4]))
+    (root / "unlabelled.txt").write_text("\n".join(stems[4:]))
+    for stem in stems[4:]:
+        (root / "labels" / f"{stem}.png").unlink()
+    (root / "classes.txt").unlink()
+    _, out, error = check(root, capsys)
+    assert error is None and "unlabelled: 2 images" in out and "  no labels" in out
+    assert "are in no split" not in out
+    (root / "images" / f"{stems[5]}.png").unlink()
+    assert f"unlabelled.txt: 1 of 2 have no image: {stems[5]}" in check(root, capsys)[2]

@@ -279,6 +279,38 @@ def test_few_labels(folder, tmp_path, capsys):
         run(folder, tmp_path / "c", *ckpt, "--student-labels", "7")
 
 
+def test_photos_without_labels(folder, tmp_path, capsys):
+    """Of these the student learns; it is the run in which they have labels that nobody reads."""
+    lines = (folder / "train.txt").read_text().splitlines()
+    (folder / "train.txt").write_text("\n".join(lines[:2]))
+    (folder / "unlabelled.txt").write_text("\n".join(lines[2:]))
+    run(folder, tmp_path / "teacher", "--method", "none")
+    ckpt = ["--teacher-ckpt", str(tmp_path / "teacher/student.pt")]
+    more = [*ckpt, "--unlabelled", "unlabelled"]
+    run(folder, tmp_path / "a", *more, "--alone")
+    assert "from 2 of 2 training images, and 4 without labels; " in capsys.readouterr().out
+    assert same(weights(tmp_path / "a", "alone.pt"), weights(tmp_path / "teacher"))
+    run(folder, tmp_path / "plain", *ckpt)
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "plain"))
+    for stem in lines[2:]:
+        (folder / "labels" / f"{stem}.png").unlink()
+    run(folder, tmp_path / "b", *more)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    (folder / "train.txt").write_text("\n".join([lines[0], *lines[2:5], lines[1]]))
+    for stem in lines[2:]:
+        Image.new("L", (48, 40), 255).save(folder / "labels" / f"{stem}.png")
+    (folder / "unlabelled.txt").write_text(lines[5])
+    run(folder, tmp_path / "c", *more, "--student-labels", "2")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+    for words_, said in (
+        (["--unlabelled", "val"], "train and val have parts of their own"),
+        (["--unlabelled", "test"], "no split 'test': choose train, val, unlabelled"),
+        (["--unlabelled", "unlabelled", "--method", "none"], "has no effect on --method none"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run(folder, tmp_path / "d", *words_)
+
+
 def test_stride_of_labels_and_images_as_they_are(folder, tmp_path):
     more = ["--label-stride", "4", "--normalise", "none"]
     args = train.get_args(words(folder, tmp_path / "out", *more))
