@@ -19,12 +19,16 @@ ROWS = {
     }
     | {name: f"--method {name}" for name in TRANSKD},
     "labels": {
-        "alone, 10 % of the images": "--method none --student-labels {tenth}",
-        "transkd-base, 10 % of the images": "--method transkd-base --student-images {tenth}",
-        "transkd-base, 10 % of the labels": "--method transkd-base --student-labels {tenth}",
-        "alone, 25 % of the images": "--method none --student-labels {quarter}",
-        "transkd-base, 25 % of the images": "--method transkd-base --student-images {quarter}",
-        "transkd-base, 25 % of the labels": "--method transkd-base --student-labels {quarter}",
+        f"{method.replace('none', 'alone')}, {share} % of the {what}": (
+            f"--method {method} --student-{what} {{{count}}}"
+        )
+        for share, count in ((10, "tenth"), (25, "quarter"))
+        for method, what in (
+            ("none", "images"),
+            ("transkd-base", "images"),
+            ("transkd-base", "labels"),
+            ("transkd-base+kd", "labels"),
+        )
     },
     "ablations": {
         "twice the steps": "--method transkd-base --max-iters {twice}",
@@ -36,6 +40,7 @@ ROWS = {
         "both x 1/3": "--method transkd-base --feature-weight 0.33 --embed-weight 0.33",
         "both x 3": "--method transkd-base --feature-weight 3 --embed-weight 3",
         "CSF's batch norm on 1x1 maps": "--method transkd-base --csf-norm batch",
+        "and soft labels": "--method transkd-base+kd",
         "features by CWD": "--method transkd-base --feature-loss cwd",
         "labels at a quarter": "--method transkd-base --label-stride 4",
         "alone, labels at a quarter": "--method none --label-stride 4",
@@ -48,10 +53,7 @@ ROWS = {
         name: f"--method {name}" for name in methods.METHODS if name not in ["none", *TRANSKD]
     },
 }
-GROUPS = [
-    *ROWS,
-    "photos",
-]  # the last: classifiers of photos, alone and by every method of pretrain.py
+GROUPS = [*ROWS, "photos"]  # the last: classifiers, alone and by every method of pretrain.py
 PAPER_TOO = ["alone", "alone, pre-trained", *TRANSKD]  # rows scored by the paper's protocol as well
 CURVES = ["alone, twice the steps", "alone", "alone, pre-trained", "transkd-base"]  # and on the way
 
