@@ -191,14 +191,19 @@ def report(split, files, dataset, in_split):
 
 
 def same_images(pairs):
-    """Images of train that are in val too: under the same name, or byte for byte under another."""
-    found, both = [], set(pairs["train"]) & set(pairs["val"])
+    """Images to learn from that are in val too: under the same name, or as another, same file."""
+    splits = [split for split in ("train", "unlabelled") if split in pairs]
+    return [words for split in splits for words in same_as_in_val(split, pairs)]
+
+
+def same_as_in_val(split, pairs):
+    if isinstance(pairs[split][0], int):
+        both = set(pairs[split]) & set(pairs["val"])
+        return [f"{len(both)} images are in {split} and in val: {min(both)} ..."] * bool(both)
+    train, val = ({pair[1]: pair[0] for pair in pairs[name]} for name in (split, "val"))
+    found, both = [], sorted(train.keys() & val.keys())
     if both:
-        found.append(f"{len(both)} images are in train and in val: {sorted(both)[0][0]} ...")
-    train, val = (
-        {} if isinstance(pairs[split][0], int) else {pair[1]: pair[0] for pair in pairs[split]}
-        for split in ("train", "val")
-    )
+        found.append(f"{len(both)} images are in {split} and in val: {train[both[0]]} ...")
     sizes, digest = {}, functools.cache(lambda p: hashlib.sha256(p.read_bytes()).digest())
     for path in filter(Path.is_file, train):
         sizes.setdefault(path.stat().st_size, []).append(path)
@@ -210,8 +215,8 @@ def same_images(pairs):
     ]
     if twins:
         found.append(
-            f"{len(twins)} images of train are in val under another name, byte for byte the same: "
-            + some(twins)
+            f"{len(twins)} images of {split} are in val under another name, byte for byte the "
+            f"same: {some(twins)}"
         )
     return found
 

@@ -769,3 +769,5 @@ def test_photos_without_labels(tmp_path, capsys):
     assert "are in no split" not in out
     (root / "images" / f"{stems[5]}.png").unlink()
     assert f"unlabelled.txt: 1 of 2 have no image: {stems[5]}" in check(root, capsys)[2]
+    (root / "unlabelled.txt").write_text((root / "val.txt").read_text())
+    assert "3 images are in unlabelled and in val: p6 ..." in check(root, capsys)[2]
