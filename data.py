@@ -83,7 +83,9 @@ class Selection:
         return len(self.places)
 
     def pair(self, i):
-        return self.image(i), self.label(i)
+        split, at = self.places[i]
+        image, label = split.pair(at)
+        return image, self.shown(i, label)
 
     def image(self, i):
         split, at = self.places[i]
@@ -91,7 +93,9 @@ class Selection:
 
     def label(self, i):
         split, at = self.places[i]
-        label = split.label(at)
+        return self.shown(i, split.label(at))
+
+    def shown(self, i, label):
         return label if i < self.labelled else np.full_like(label, IGNORE)
 
 
