@@ -155,11 +155,16 @@ def dataset_jobs(plan, args, dataset, place, inits):
                 flags = f"--student {plan['student']} {sizes['student']} {flags} --seed {seed}"
                 argv, own = merged("train.py", shared, flags), where(args, place, folder)
                 jobs.append(Job(argv, own, folder, row, needs))
-    for job in [job for job in jobs if job.row[2] in ["teacher", *PAPER_TOO]]:
-        flags = f"--ckpt {job.folder / 'student.pt'} --dataset {dataset} --protocol paper --json"
-        argv, own = merged("eval.py", flags), where(args, place)
-        jobs.append(Job(argv, own, job.folder, job.row, [job.made], "paper.json"))
-    return jobs
+    return [each for job in jobs for each in (job, *paper_job(args, place, job))]
+
+
+def paper_job(args, place, job):
+    """What scores a net once more, by the paper's protocol, if its row is one of these."""
+    if job.row[2] not in ["teacher", *PAPER_TOO]:
+        return []
+    flags = f"--ckpt {job.folder / 'student.pt'} --dataset {job.row[0]} --protocol paper --json"
+    own = where(args, place)
+    return [Job(merged("eval.py", flags), own, job.folder, job.row, [job.made], "paper.json")]
 
 
 def where(args, data_dir, folder=None):
