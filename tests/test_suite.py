@@ -186,7 +186,7 @@ def test_stopped_and_run_again(place, monkeypatch):
 
 def test_a_run_that_fails_is_told_and_what_waits_for_it_does_not_begin(place, capsys):
     (place / "data/labels/p0.png").unlink()
-    with pytest.raises(UserError, match="8 runs are missing"):
+    with pytest.raises(UserError, match="10 runs are missing"):
         suite.main(
             get_args(
                 place, "--only", "labels", "--teacher-init", "scratch", "--student-init", "scratch"
