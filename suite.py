@@ -191,45 +191,47 @@ def check_old(jobs):
             )
 
 
-def run_jobs(jobs, at_once):
-    """Run what is not done, `at_once` processes at a time; the jobs that failed or never began."""
+def run_jobs(jobs, at_once, signals):
+    """Run what is not done, `at_once` processes at a time; the jobs that failed or never began.
+
+    signals: a list; when one is in it, what runs is told to stop, which saves.
+    """
     waiting, running, failed = [job for job in jobs if not job.made.exists()], {}, []
     total, start, threads = len(waiting), time.time(), max(1, (os.cpu_count() or 1) // at_once)
     env = {"OMP_NUM_THREADS": str(threads)} | os.environ
     print(f"{len(jobs) - total} of {len(jobs)} runs are there, {total} to do, {at_once} at a time")
-    try:
-        while waiting or running:
-            for job in [job for job in waiting if all(need.exists() for need in job.needs)]:
-                if len(running) < at_once:
-                    waiting.remove(job)
-                    running[job] = begin(job, env)
-            if not running:
-                break  # what is left waits for a job that failed
-            time.sleep(0.2)
-            for job, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[job]
-                    failed += [] if finish(job, process) else [job]
-                    left = total - len(waiting) - len(running)
-                    eta = (time.time() - start) / left * (total - left)
-                    print(f"{left}/{total}, about {loop.clock(eta)} to go", flush=True)
-    finally:
-        for process in running.values():
-            process.terminate()  # it saves, and goes on when this is run again
-        for process in running.values():
-            process.wait()
-    return failed + waiting
+    while (waiting or running) and not signals:
+        for job in [job for job in waiting if all(need.exists() for need in job.needs)]:
+            if len(running) < at_once:
+                waiting.remove(job)
+                running[job] = begin(job, env)
+        if not running:
+            break  # what is left waits for a job that failed
+        time.sleep(0.2)
+        for job, process in list(running.items()):
+            if process.poll() is not None:
+                del running[job]
+                failed += [] if finish(job, process) else [job]
+                done = total - len(waiting) - len(running)
+                eta = (time.time() - start) / done * (total - done)
+                print(f"{done}/{total}, about {loop.clock(eta)} to go", flush=True)
+    for process in running.values():
+        process.terminate()
+    for process in running.values():
+        process.wait()
+    return failed + [*running] + waiting
 
 
 def begin(job, env):
     """Start a job, its words into a log beside what it makes."""
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / f"{job.script}.command").write_text(job.command + "\n")
-    print(f"{job.script} begins: {job.folder}", flush=True)
     log, scores = job.folder / f"{job.script}.log", job.folder / f"{job.makes}.tmp"
     argv = [sys.executable, HERE / job.argv[0], *job.argv[1:], *job.own]
     with open(log, "a") as err, open(scores, "w") if job.script == "eval" else err as out:
-        return subprocess.Popen(argv, stdout=out, stderr=err, env=env, start_new_session=True)
+        process = subprocess.Popen(argv, stdout=out, stderr=err, env=env, start_new_session=True)
+    print(f"{job.script} begins: {job.folder}", flush=True)
+    return process
 
 
 def finish(job, process):
@@ -290,20 +292,23 @@ def check(args):
 
 def main(args):
     check(args)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     jobs = plan_jobs(args)
-    mine, failed = wanted(jobs, args), []
+    mine, missing, signals = wanted(jobs, args), [], []
     if args.list:
         print("\n".join(f"{' +'[job.made.exists()]} {job.command}" for job in mine))
         return
     check_old(jobs)
-    try:
-        failed = [] if args.no_runs else run_jobs(mine, args.jobs)
-    finally:
-        results.write(args.results, PLANS[args.plan], jobs)
-        print(f"wrote {args.results}")
-    if failed:
-        raise UserError(f"{len(failed)} runs are missing; see above, and the logs beside them")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    if not args.no_runs:
+        missing = run_jobs(mine, args.jobs, signals)
+    results.write(args.results, PLANS[args.plan], jobs)
+    print(f"wrote {args.results}")
+    if signals:
+        print(f"stopped, {len(missing)} runs are missing; the same again goes on")
+        raise SystemExit(128 + signals[0])
+    if missing:
+        raise UserError(f"{len(missing)} runs are missing; see above, and the logs beside them")
 
 
 if __name__ == "__main__":
