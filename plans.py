@@ -14,10 +14,14 @@ ROWS = {
         "alone, twice the steps": "--method none --max-iters {twice}",
         "alone, pre-trained": "--method none --student-init {student_init}",
         "alone, pre-trained, lower rate": "--method none --student-init {student_init} --lr {low}",
+        "alone, pre-trained, twice the steps": (
+            "--method none --student-init {student_init} --max-iters {twice}"
+        ),
         "CSF alone": "--method transkd-base --embed none",
         "PEA alone": "--method transkd-base --feature-loss none",
     }
-    | {name: f"--method {name}" for name in TRANSKD},
+    | {name: f"--method {name}" for name in TRANSKD}
+    | {"transkd-base, pre-trained": "--method transkd-base --student-init {student_init}"},
     "labels": {
         f"{method.replace('none', 'alone')}, {share} % of the {what}": (
             f"--method {method} --student-{what} {{{count}}}"
@@ -32,7 +36,6 @@ ROWS = {
     },
     "ablations": {
         "and soft labels": "--method transkd-base+kd",
-        "pre-trained": "--method transkd-base --student-init {student_init}",
         "twice the steps": "--method transkd-base --max-iters {twice}",
         "features x 3": "--method transkd-base --feature-weight 3",
         "embeddings x 3": "--method transkd-base --embed-weight 3",
