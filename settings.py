@@ -122,7 +122,13 @@ def get_args(argv=None):
     )
     p.add_argument("--recipe", choices=("default", "paper"), default="default", help="see PAPER")
     methods.add_flags(p)
-    # how long, how fast
+    add_training_flags(p)
+    add_run_flags(p)
+    return p.parse_args(argv)
+
+
+def add_training_flags(p):
+    """How long and how fast a net learns, and from what its images are made."""
     p.add_argument("--max-iters", type=int, help="steps of each stage, at most")
     p.add_argument("--teacher-iters", type=int, help="steps of the teacher, if fewer")
     p.add_argument("--batch-size", type=int, help="images a step, of all processes together")
@@ -144,8 +150,6 @@ def get_args(argv=None):
     p.add_argument("--label-stride", type=int, help="labels, and their loss, at 1/N of the size")
     p.add_argument("--normalise", choices=("imagenet", "none"), help="none: RGB in [0, 1]")
     p.add_argument("--protocol", choices=("full", "paper"), help="of scoring, see eval.py")
-    add_run_flags(p)
-    return p.parse_args(argv)
 
 
 def add_run_flags(p, eval_batch_size=8):
