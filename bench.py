@@ -203,7 +203,7 @@ def gigabytes(row):
 
 def hugging_face(net, device):
     """The same weights in transformers' SegFormer; None if it is not installed."""
-    if not all(map(export.installed, ("transformers", "safetensors"))):
+    if not all(map(files.installed, ("transformers", "safetensors"))):
         return None
     from transformers import SegformerForSemanticSegmentation
     from transformers.utils import logging
@@ -446,7 +446,7 @@ def check(args):
             raise UserError(f"--{name.replace('_', '-')} {values}: must be positive")
     if args.plot and "inference" not in args.only:
         raise UserError("--plot draws what --only inference measures")
-    if args.plot and not export.installed("matplotlib"):
+    if args.plot and not files.installed("matplotlib"):
         raise UserError("--plot: pip install matplotlib")
     with torch.device("meta"):
         teacher = model.build(args.teacher, args.num_classes)

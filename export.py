@@ -11,7 +11,6 @@ images of two sizes. It gets to --out-dir only if the two agree.
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -158,7 +157,7 @@ def write_hf(net, facts, folder, mean_std):
         (folder / name).write_text(json.dumps(tree, indent=2) + "\n")
     state, path = hf_state(net.state_dict()), folder / "model.safetensors"
     path.write_bytes(save(state, metadata={"format": "pt"}))  # transformers asks for the format
-    if not installed("transformers"):
+    if not files.installed("transformers"):
         again = load_file(path)
         if again.keys() != state.keys() or any(not again[k].equal(state[k]) for k in state):
             raise UserError("discarded: the weights read back are not those that were written")
@@ -285,10 +284,6 @@ FORMS = dict(  # --to: how to write it, the packages that takes, how to open it
 )
 
 
-def installed(name):
-    return importlib.util.find_spec(name) is not None
-
-
 @contextlib.contextmanager
 def staging(out):
     """Yield a new folder. At the end its files move to `out`, each in one step; or they vanish."""
@@ -331,7 +326,7 @@ def main(args):
         raise UserError("--mask is for onnx and pt2: a Hugging Face folder has an image processor")
     if args.to == "onnx" and torch.__version__ < (2, 7):
         raise UserError("--to onnx needs torch 2.7: 2.6 cannot trace a resize to any size")
-    missing = [name for name in packages if not installed(name)]
+    missing = [name for name in packages if not files.installed(name)]
     if missing:
         raise UserError(f"--to {args.to} needs: pip install {' '.join(missing)}")
     if out.exists() and not out.is_dir():

@@ -4,6 +4,7 @@ Errors for people, and files that are either whole or not there.
 
 import contextlib
 import errno
+import importlib.util
 import os
 import signal
 import sys
@@ -19,6 +20,11 @@ def some(names, n=5):
     """The first n of them for a message, with "..." if there are more."""
     names = [str(name) for name in names]
     return ", ".join(names[:n]) + " ..." * (len(names) > n)
+
+
+def installed(package):
+    """Whether an optional package is there."""
+    return importlib.util.find_spec(package) is not None
 
 
 def cli(main, args):

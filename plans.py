@@ -21,7 +21,11 @@ ROWS = {
         "PEA alone": "--method transkd-base --feature-loss none",
     }
     | {name: f"--method {name}" for name in TRANSKD}
-    | {"transkd-base, pre-trained": "--method transkd-base --student-init {student_init}"},
+    | {
+        "transkd-base, pre-trained": "--method transkd-base --student-init {student_init}",
+        "transkd-base, twice the steps": "--method transkd-base --max-iters {twice}",
+        "alone, four times the steps": "--method none --max-iters {four_times}",
+    },
     "labels": {
         f"{method.replace('none', 'alone')}, {share} % of the {what}": (
             f"--method {method} --student-{what} {{{count}}}"
@@ -36,7 +40,6 @@ ROWS = {
     },
     "ablations": {
         "and soft labels": "--method transkd-base+kd",
-        "twice the steps": "--method transkd-base --max-iters {twice}",
         "features x 3": "--method transkd-base --feature-weight 3",
         "embeddings x 3": "--method transkd-base --embed-weight 3",
         "both x 3": "--method transkd-base --feature-weight 3 --embed-weight 3",
@@ -58,10 +61,24 @@ ROWS = {
 }
 GROUPS = [*ROWS, "photos"]  # the last: classifiers, alone and by every method of pretrain.py
 PAPER_TOO = ["alone", "alone, pre-trained", *TRANSKD]  # rows scored by the paper's protocol as well
-CURVES = ["alone, twice the steps", "alone", "alone, pre-trained", "transkd-base"]  # and on the way
+CURVES = ["alone", "alone, twice the steps", "alone, pre-trained", "transkd-base"]  # and on the way
+LENGTHS = {  # one method in several lengths, as far as they are rows
+    row: [row, f"{row}, twice the steps", f"{row}, four times the steps"]
+    for row in ("alone", "alone, pre-trained", "transkd-base")
+}
 
 # ------------------------------------------------------------------------------------------------
 # how large, how long
+
+LABELS = {"camvid": (37, 92), "nyuv2": (80, 199), "folder": (1, 2)}  # 10 and 25 % of the images
+
+
+def numbers(plan, dataset):
+    """What stands in braces in the rows, for a data set."""
+    sizes, (tenth, quarter) = plan["data"][dataset], LABELS[dataset]
+    lengths = dict(twice=2 * sizes["steps"], four_times=4 * sizes["steps"])
+    return dict(sizes, **lengths, every=max(sizes["steps"] // 10, 2), tenth=tenth, quarter=quarter)
+
 
 TINY = dict(
     note="A rehearsal of a few steps, which shows that everything runs and nothing else.",
@@ -72,11 +89,10 @@ TINY = dict(
     pairs=[("nano", "nano"), ("vit_tiny", "vit_tiny")],
     classifiers="--max-iters 1",
     train="--batch-size 4 --crop-size 32",
-)
-TINY["data"] = dict.fromkeys(
-    ("folder", "camvid", "nyuv2"),
-    dict(teacher="--max-iters 2", student="--max-iters 4", every=2, twice=8, low=1e-4)
-    | dict(tenth=1, quarter=2),
+    data=dict.fromkeys(
+        ("folder", "camvid", "nyuv2"),
+        dict(teacher="--max-iters 2", student="--max-iters {steps}", steps=4, low=1e-4),
+    ),
 )
 REDUCED = dict(
     note="A reduced version, for two CPU cores: teacher MiT-B0 and student `nano`, an eighth of it "
@@ -92,24 +108,19 @@ REDUCED = dict(
     pairs=[("b0", "nano"), ("vit_small", "vit_tiny")],
     classifiers="--epochs 2",
     train="--batch-size 8 --dtype bfloat16",
+    also={"cirkd": "--cirkd-pixel-contrast 512 --cirkd-region-contrast 128"},
     data={
         "camvid": dict(
             teacher="--crop-size 176 240 --max-iters 2500 --lr 5e-4",
-            student="--crop-size 176 240 --max-iters 1000 --lr 3e-3",
-            every=100,
-            twice=2000,
+            student="--crop-size 176 240 --max-iters {steps} --lr 3e-3",
+            steps=1000,
             low=1e-3,
-            tenth=37,
-            quarter=92,
         ),
         "nyuv2": dict(
             teacher="--crop-size 192 256 --max-iters 4000 --lr 5e-4",
-            student="--crop-size 192 256 --max-iters 1500 --lr 3e-3",
-            every=150,
-            twice=3000,
+            student="--crop-size 192 256 --max-iters {steps} --lr 3e-3",
+            steps=1500,
             low=1e-3,
-            tenth=80,
-            quarter=199,
         ),
     },
 )
@@ -125,21 +136,15 @@ FULL = dict(
     data={
         "camvid": dict(
             teacher="--crop-size 352 480 --max-iters 10000 --lr 2e-4",
-            student="--crop-size 352 480 --max-iters 10000 --lr 6e-4",
-            every=500,
-            twice=20000,
+            student="--crop-size 352 480 --max-iters {steps} --lr 6e-4",
+            steps=10000,
             low=2e-4,
-            tenth=37,
-            quarter=92,
         ),
         "nyuv2": dict(
             teacher="--crop-size 480 --max-iters 20000 --lr 2e-4",
-            student="--crop-size 480 --max-iters 20000 --lr 6e-4",
-            every=1000,
-            twice=40000,
+            student="--crop-size 480 --max-iters {steps} --lr 6e-4",
+            steps=20000,
             low=2e-4,
-            tenth=80,
-            quarter=199,
         ),
     },
 )

@@ -7,16 +7,18 @@ import statistics
 from pathlib import Path
 
 import files
-from export import installed
-from plans import CURVES
+from plans import CURVES, LENGTHS
 
-HEAD = ["", "runs", "mIoU", "of the way", "pixels", "boundary IoU", "mIoU, paper's", "minutes"]
+HEAD = ["mIoU", "of the way", "pixels", "boundary IoU", "mIoU, paper's"]
 TITLES = {
     "main": "TransKD and its parts",
     "labels": "Few labels",
     "ablations": "What matters",
     "methods": "Other methods",
 }
+REFERENCE = "transkd-base"  # stands in every table, as teacher and student alone do
+PICTURE = """Thin lines: along a training. Dots: the ends of trainings of one, two or four times the
+steps, each with a schedule of its own, means and standard deviations."""
 
 
 def read(path):
@@ -64,32 +66,41 @@ def mean(runs, key="miou"):
     return statistics.mean(run[key] for run in runs)
 
 
-def table(rows, alone=None, teacher=None):
-    """Lines of Markdown, one a row; `alone` and `teacher`: the ends of the way."""
-    lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
+def table(head, rows, cells):
+    """Lines of Markdown, one a row; cells: what stands under `head`, of its runs."""
+    head = ["", "runs", *head, "minutes"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row, runs in rows.items():
-        way = ""
+        minutes = f"{mean(runs, 'seconds') / 60:.1f}"
+        lines.append(f"| {' | '.join([row, str(len(runs)), *cells(runs), minutes])} |")
+    return lines
+
+
+def student_table(rows, starts, teacher):
+    """Rows of train.py; starts, {steps: runs of the student alone}, and `teacher`, runs or None:
+    the ends of the way."""
+
+    def cells(runs):
+        way, alone = "", starts.get(runs[0]["steps"])
         if alone and teacher and runs not in (alone, teacher):
             way = f"{(mean(runs) - mean(alone)) / (mean(teacher) - mean(alone)):.0%}"
-        cells = [row, str(len(runs)), percent([run["miou"] for run in runs]), way]
-        cells += [percent([run[key] for run in runs]) for key in ("pixel_acc", "boundary_iou")]
-        cells.append(percent([run["paper"] for run in runs if run["paper"] is not None]))
-        cells.append(f"{mean(runs, 'seconds') / 60:.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        shares = [percent([run[key] for run in runs]) for key in ("pixel_acc", "boundary_iou")]
+        paper = percent([run["paper"] for run in runs if run["paper"] is not None])
+        return [percent([run["miou"] for run in runs]), way, *shares, paper]
+
+    return table(HEAD, rows, cells)
 
 
 def classifier_table(pair, rows, jobs):
-    """Lines of Markdown for a pair of classifiers; jobs: among them what trained the teacher."""
+    """Rows of pretrain.py for a pair of classifiers; jobs: among them what trained the teacher."""
     metrics = [read(job.made) for job in jobs if not job.row]
     teachers = {m["encoder"]["model"]: [m["encoder"]] for m in metrics if m}
     teacher = teachers.get(pair.split()[-1])
-    lines = ["|  | runs | top-1 | top-5 | minutes |", "|" + "---|" * 5]
-    for row, runs in ((dict(teacher=teacher) if teacher else {}) | rows).items():
-        cells = [row, str(len(runs))]
-        cells += [percent([run[key] for run in runs]) for key in ("top1", "top5")]
-        lines.append(f"| {' | '.join(cells)} | {mean(runs, 'seconds') / 60:.1f} |")
-    return lines
+    rows = (dict(teacher=teacher) if teacher else {}) | rows
+    shares = ("top1", "top5")
+    return table(
+        ["top-1", "top-5"], rows, lambda runs: [percent([r[key] for r in runs]) for key in shares]
+    )
 
 
 def commands(groups):
@@ -113,14 +124,22 @@ def curve(runs):
 
 
 def plot(path, dataset, rows, teacher):
-    """mIoU against training time of some rows, and how far the teacher is."""
+    """mIoU against training time: along some runs, at the ends of others, and the teacher's."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    for row in CURVES:
-        if row in rows:
-            axis.plot(*curve(rows[row]), label=row)
+    for k, (name, lengths) in enumerate(LENGTHS.items()):
+        look, found = dict(color=f"C{k}"), [rows[row] for row in lengths if row in rows]
+        for row in lengths:
+            if row in rows and row in CURVES:
+                axis.plot(*curve(rows[row]), linewidth=0.8, **look)
+        if found:
+            minutes = [mean(runs, "seconds") / 60 for runs in found]
+            miou = [[100 * run["miou"] for run in runs] for runs in found]
+            means = [statistics.mean(of) for of in miou]
+            spreads = [statistics.stdev(of) if len(of) > 1 else 0 for of in miou]
+            axis.errorbar(minutes, means, spreads, fmt="o--", capsize=3, label=name, **look)
     axis.axhline(100 * mean(teacher), color="grey", linestyle=":", label="teacher")
     axis.set(xlabel="minutes of training", ylabel="mIoU, %", title=dataset)
     axis.legend()
@@ -144,10 +163,32 @@ INTRODUCTION = """# Results
 
 Written by `suite.py`: every number comes from a run whose command is below. mIoU, accuracy of
 pixels and boundary IoU by the full-resolution protocol on the validation images, beside them mIoU
-by the paper's, at a quarter of that. *Of the way*: from the student alone to the teacher. Means and
-standard deviations over seeds. What a command does not say is the same for all students; where
-data and results lie (`--data-dir`, `--out-dir`) is left out.
+by the paper's, at a quarter of that. *Of the way*: from the student alone, with as many steps, to
+the teacher. Means and standard deviations over seeds. What a command does not say is the same for
+all students; where data and results lie (`--data-dir`, `--out-dir`) is left out.
 """
+
+
+def section(dataset, groups, jobs, path):
+    """Lines on a data set, or on a pair of classifiers, and its picture beside the file `path`."""
+    lines = [f"## {dataset}", ""]
+    if "photos" in groups:
+        return [*lines, *classifier_table(dataset, groups["photos"], jobs), ""]
+    main = groups.get("main", {})
+    teacher, alone = groups.get("teacher", {}).get("teacher"), main.get("alone")
+    starts = {main[row][0]["steps"]: main[row] for row in LENGTHS["alone"] if row in main}
+    for group in [group for group in TITLES if group in groups]:
+        others = dict(teacher=teacher, alone=alone) | {REFERENCE: main.get(REFERENCE)}
+        rows = {row: runs for row, runs in others.items() if runs}  # to compare with
+        if group == "main":
+            rows = dict(teacher=teacher) if teacher else {}
+        rows |= groups[group]
+        lines += [f"### {TITLES[group]}", "", *student_table(rows, starts, teacher), ""]
+    if teacher and main and files.installed("matplotlib"):
+        picture = path.with_name(f"{path.stem}-{dataset}.png")
+        plot(picture, dataset, main, teacher)
+        lines += [f"![mIoU against training time]({picture.name})", "", PICTURE, ""]
+    return lines
 
 
 def write(path, plan, jobs):
@@ -157,18 +198,7 @@ def write(path, plan, jobs):
     lines = [INTRODUCTION, plan["note"], "", *[f"Ran on: {p}." for p in sorted(places)], ""]
     lines += encoders(jobs)
     for dataset, groups in found.items():
-        lines += [f"## {dataset}", ""]
-        teacher, main = groups.get("teacher", {}).get("teacher"), groups.get("main", {})
-        if "photos" in groups:
-            lines += [*classifier_table(dataset, groups["photos"], jobs), ""]
-        for group, title in TITLES.items():
-            if group in groups:
-                rows = (dict(teacher=teacher) if teacher else {}) | groups[group]
-                lines += [f"### {title}", "", *table(rows, main.get("alone"), teacher), ""]
-        if teacher and main and installed("matplotlib"):
-            picture = path.with_name(f"{path.stem}-{dataset}.png")
-            plot(picture, dataset, main, teacher)
-            lines += [f"![mIoU against training time]({picture.name})", ""]
+        lines += section(dataset, groups, jobs, path)
         lines += ["### Commands", "", *commands(groups), ""]
     with files.atomic(path) as tmp:
         Path(tmp).write_text("\n".join(lines))

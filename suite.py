@@ -26,7 +26,7 @@ import loop
 import pretrain
 import results
 from files import UserError
-from plans import CURVES, GROUPS, PAPER_TOO, PLANS, ROWS
+from plans import CURVES, GROUPS, PAPER_TOO, PLANS, ROWS, numbers
 
 HERE = Path(__file__).parent
 
@@ -131,7 +131,7 @@ def classifier_jobs(plan, args, teacher, student):
 
 def dataset_jobs(plan, args, dataset, place, inits):
     """The teacher of a data set, its students, and what scores them by the paper's protocol."""
-    sizes, out = plan["data"][dataset], Path(args.out_dir) / dataset
+    sizes, out = numbers(plan, dataset), Path(args.out_dir) / dataset
     ours = {
         name: [] if getattr(args, name) else [Path(init).with_name("metrics.json")]
         for name, init in inits.items()
@@ -146,13 +146,14 @@ def dataset_jobs(plan, args, dataset, place, inits):
         for seed in range(plan["seeds"][group]):
             for row, flags in ROWS[group].items():
                 needs = ours["student_init"] * ("{student_init}" in flags)
-                flags = flags.format(**sizes, **inits)
-                if not flags.startswith("--method none"):
+                flags = f"{sizes['student']} {flags}".format(**sizes, **inits)
+                if "--method none" not in flags:
                     flags += f" --teacher-ckpt {teacher.folder / 'student.pt'}"
                     needs = [*needs, teacher.made]
                 flags += f" --eval-every {sizes['every']}" * (row in CURVES)
+                flags += f" {plan.get('also', {}).get(row, '')}"
                 folder, row = out / slug(f"{group} {row}") / str(seed), (dataset, group, row, seed)
-                flags = f"--student {plan['student']} {sizes['student']} {flags} --seed {seed}"
+                flags = f"--student {plan['student']} {flags} --seed {seed}"
                 argv, own = merged("train.py", shared, flags), where(args, place, folder)
                 jobs.append(Job(argv, own, folder, row, needs))
     return [each for job in jobs for each in (job, *paper_job(args, place, job))]

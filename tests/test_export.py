@@ -84,7 +84,7 @@ def hub_names(depths):
 
 def test_hf_weights_have_the_hubs_names_and_our_bits(tmp_path, monkeypatch, capsys):
     load_file = pytest.importorskip("safetensors.torch").load_file
-    monkeypatch.setattr(export, "installed", lambda name: name != "transformers")
+    monkeypatch.setattr(files, "installed", lambda name: name != "transformers")
     run(monkeypatch, "--ckpt", checkpoint(tmp_path), "--to", "hf", "--out-dir", tmp_path / "hf")
     assert "pip install transformers" in capsys.readouterr().out
     theirs = load_file(tmp_path / "hf/model.safetensors")
@@ -294,7 +294,7 @@ def test_only_segformers_are_exported(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("form, packages", [("hf", "safetensors"), ("onnx", "onnx onnxscript")])
 def test_missing_packages_are_named(form, packages, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.7.0"))
-    monkeypatch.setattr(export, "installed", lambda name: name not in packages.split())
+    monkeypatch.setattr(files, "installed", lambda name: name not in packages.split())
     with pytest.raises(files.UserError, match=f"--to {form} needs: pip install {packages}$"):
         run(monkeypatch, "--ckpt", checkpoint(tmp_path), "--to", form, "--out-dir", tmp_path / "o")
 

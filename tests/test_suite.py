@@ -107,12 +107,18 @@ def test_budgets_are_equal_but_where_the_row_says_so(place):
         read = settings.get_args(job.argv[1:])
         budgets.setdefault(tuple(str(getattr(read, k)) for k in keys), set()).add(job.row[2])
     common, *others = sorted(budgets.values(), key=len, reverse=True)
-    lower, twice = sorted(others, key=len)
-    assert lower == {"alone, pre-trained, lower rate"}
-    assert twice == {row for row in rows if "twice the steps" in row} and len(twice) == 3
+    assert sorted(map(sorted, others)) == [
+        ["alone, four times the steps"],
+        ["alone, pre-trained, lower rate"],
+        sorted(f"{row}, twice the steps" for row in plans.LENGTHS),
+    ]
     assert {"alone", "alone, pre-trained", *plans.TRANSKD, "tat", "labels at a quarter"} <= common
     assert set(methods.METHODS) - rows == {"none"}  # which is "alone"
-    assert {*plans.PAPER_TOO, *plans.CURVES} <= rows
+    assert {*plans.PAPER_TOO, *plans.CURVES, results.REFERENCE} <= rows
+    steps = {job.row[2]: settings.get_args(job.argv[1:]).max_iters for job in students}
+    for row, twice, four_times in plans.LENGTHS.values():
+        assert steps[twice] == 2 * steps[row]
+        assert steps.get(four_times) in (4 * steps[row], None)
 
 
 def test_later_flags_win():
@@ -212,9 +218,10 @@ def test_list(place, capsys):
 # tables
 
 
-def write_run(folder, miou, seconds=60.0, paper=None, curve=()):
+def write_run(folder, miou, seconds=60.0, paper=None, curve=(), steps=10):
     folder.mkdir(parents=True)
-    student = dict(miou=miou, pixel_acc=miou / 2, boundary_iou=miou / 4, seconds=seconds, steps=10)
+    student = dict(miou=miou, pixel_acc=miou / 2, boundary_iou=miou / 4)
+    student |= dict(seconds=seconds, steps=steps)
     metrics = dict(student=student, miou=miou, hardware="a device", torch="2.6")
     (folder / "metrics.json").write_text(json.dumps(metrics))
     records = [dict(stage="teacher", step=0, miou=0.9), dict(stage="student", step=1, ce=2.0)]
@@ -240,9 +247,11 @@ def jobs_of(tmp_path, runs):
 def test_tables(tmp_path):
     a, b = [0.20, 0.24, 0.22], [0.30, 0.32, 0.37]
     runs = {
-        ("teacher", "teacher"): [dict(miou=0.6, paper=0.5)],
+        ("teacher", "teacher"): [dict(miou=0.6, paper=0.5, steps=20)],
         ("main", "alone"): [dict(miou=m, seconds=90) for m in a],
+        ("main", "alone, twice the steps"): [dict(miou=0.4, steps=20)],
         ("main", "transkd-base"): [dict(miou=m, paper=m + 0.1) for m in b],
+        ("main", "transkd-base, twice the steps"): [dict(miou=0.55, steps=20)],
         ("methods", "kd"): [dict(miou=0.1)],
     }
     jobs = jobs_of(tmp_path, runs)
@@ -250,7 +259,9 @@ def test_tables(tmp_path):
     results.write(tmp_path / "docs/r.md", dict(note="A note."), jobs)
     text = (tmp_path / "docs/r.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    head, teacher, alone, base, _, _, kd = rows
+    head, teacher, alone, longer, base, longer_base, *again, kd = rows
+    assert again == [head, teacher, alone, base]  # to compare the other methods with
+    assert [r[3] for r in (teacher, alone, longer, longer_base)] == ["", "", "", "75%"]
     assert teacher[:3] == ["teacher", "1", "60.0"] and teacher[6] == "50.0"
     assert alone[:4] == ["alone", "3", f"22.0 ± {100 * statistics.stdev(a):.1f}", ""]
     assert alone[6:] == ["", "1.5"]
@@ -259,7 +270,7 @@ def test_tables(tmp_path):
     assert base[6] == f"43.0 ± {100 * statistics.stdev(b):.1f}"
     assert kd[1:4] == ["1", "10.0", f"{-0.12 / 0.38:.0%}"]
     assert "A note." in text and text.count("a device, torch 2.6") == 1
-    assert text.count("python train.py --seed 0") == 4 and "--seed 1" not in text
+    assert text.count("python train.py --seed 0") == len(runs) and "--seed 1" not in text
 
 
 def test_curve_of_several_seeds(tmp_path):
