@@ -174,42 +174,49 @@ def write_hf(net, facts, folder, mean_std):
 # one graph of tensors: ONNX and torch.export
 
 
-class Deployed(nn.Module):
-    """The net with the constants of its head multiplied out: the same function, fewer operations.
+class FoldedHead(nn.Module):
+    """A SegFormerHead with its constants multiplied out: the same function, fewer operations."""
 
-    forward: normalised images (B, 3, H, W) -> logits (B, K, ceil(H/4), ceil(W/4)); or, with
-    mean_std, photos (B, H, W, 3) -> class ids (B, H, W), both uint8.
-    """
-
-    def __init__(self, net, mean_std=None):
+    def __init__(self, head):
         super().__init__()
-        head, norm = net.head, net.head.norm
-        self.encoder, self.classifier, self.mask = net.encoder, head.classifier, bool(mean_std)
+        norm, self.classifier = head.norm, head.classifier
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         fuse = (scale[:, None] * head.fuse.weight.flatten(1)).chunk(4, dim=1)  # stages 4 to 1
         pairs = list(zip(head.linears, reversed(fuse)))
         self.weights = nn.ParameterList((w @ fc.weight)[:, :, None, None] for fc, w in pairs)
         bias = norm.bias - scale * norm.running_mean
         self.bias = nn.Parameter(bias + sum(w @ fc.bias for fc, w in pairs))
+
+    def forward(self, features):
+        first, *rest = features
+        x = F.conv2d(first, self.weights[0], self.bias)  # (B, width, H/4, W/4)
+        for feature, w in zip(rest, self.weights[1:]):
+            x = x + model.resize(F.conv2d(feature, w), first.shape[2:])
+        return self.classifier(F.relu(x)), x
+
+
+class Deployed(nn.Module):
+    """The net for one purpose. forward: normalised images (B, 3, H, W) -> logits
+    (B, K, ceil(H/4), ceil(W/4)); or, with mean_std, photos (B, H, W, 3) -> class ids (B, H, W),
+    both uint8.
+    """
+
+    def __init__(self, net, mean_std=None):
+        super().__init__()
+        self.encoder, self.head, self.mask = net.encoder, net.head, bool(mean_std)
+        if isinstance(net.head, model.SegFormerHead):
+            self.head = FoldedHead(net.head)
         for name, values in zip(("mean", "std"), mean_std or ()):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
 
     def forward(self, images):
         if self.mask:
             images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        (first, *rest), _ = self.encoder(images)
-        x = F.conv2d(first, self.weights[0], self.bias)
-        for feature, w in zip(rest, self.weights[1:]):
-            x = x + interpolate(F.conv2d(feature, w), first.shape[2:])
-        logits = self.classifier(F.relu(x))
+        features, _ = self.encoder(images)
+        logits, _ = self.head(features)
         if not self.mask:
             return logits
-        return interpolate(logits, images.shape[2:]).argmax(dim=1).to(torch.uint8)
-
-
-def interpolate(x, size):
-    """model.resize, but for its question whether the sizes differ, which a tracer cannot answer."""
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        return model.resize(logits, images.shape[2:]).argmax(dim=1).to(torch.uint8)
 
 
 def trace(net, mean_std):
@@ -332,8 +339,10 @@ def main(args):
     if out.exists() and not out.is_dir():
         raise UserError(f"--out-dir {out}: a file, not a folder")
     net, facts = model.load(args.ckpt)
-    if net.name == "lvt" or not isinstance(getattr(net, "head", None), model.SegFormerHead):
-        raise UserError(f"{args.ckpt}: a {net.name}; so far only SegFormers are exported")
+    if not hasattr(net, "encoder"):
+        raise UserError(f"{args.ckpt}: a {net.name}; CNNs teach here, they are not exported")
+    if args.to == "hf" and (net.name == "lvt" or not isinstance(net.head, model.SegFormerHead)):
+        raise UserError(f"{args.ckpt}: a {net.name}, which transformers has not; onnx or pt2 is")
     facts = catalog.complete(facts, net.num_classes)
     mean_std = (facts["mean"], facts["std"]) if args.mask or args.to == "hf" else None
     with staging(out) as tmp:

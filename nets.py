@@ -20,7 +20,8 @@ class Output(NamedTuple):
 
 def resize(x, size):
     """Bilinear, half-pixel centres (align_corners=False): the convention of every logit here."""
-    if tuple(x.shape[2:]) == tuple(size):
+    known = isinstance(x.shape[2], int)  # and no symbol of a tracer, which cannot be compared
+    if known and tuple(x.shape[2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 

@@ -94,7 +94,8 @@ class ConvolutionalAttention(nn.Module):
 
     def forward(self, x, H, W):
         x = to_map(x, H, W)
-        centres = F.avg_pool2d(x, 2, ceil_mode=True)  # (B, C, h, w), h = ceil(H / 2)
+        # ceil(H / 2) rows: of the last one's means, half may lie outside, where the edge goes on
+        centres = F.avg_pool2d(F.pad(x, (0, W % 2, 0, H % 2), mode="replicate"), 2)  # (B, C, h, w)
         a = self.attn(to_tokens(centres)).unflatten(2, (self.heads, 9, 9))
         a = (a * self.scale).softmax(dim=-1)  # (B, h*w, heads, 9, 9)
         v = F.unfold(x, 3, padding=1, stride=2).unflatten(1, (-1, 9))  # (B, C, 9, h*w)
