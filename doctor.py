@@ -193,10 +193,11 @@ def report(split, files, dataset, in_split):
 def same_images(pairs):
     """Images to learn from that are in val too: under the same name, or as another, same file."""
     splits = [split for split in ("train", "unlabelled") if split in pairs]
-    return [words for split in splits for words in same_as_in_val(split, pairs)]
+    digest = functools.cache(lambda path: hashlib.sha256(path.read_bytes()).digest())
+    return [words for split in splits for words in same_as_in_val(split, pairs, digest)]
 
 
-def same_as_in_val(split, pairs):
+def same_as_in_val(split, pairs, digest):
     if isinstance(pairs[split][0], int):
         both = set(pairs[split]) & set(pairs["val"])
         return [f"{len(both)} images are in {split} and in val: {min(both)} ..."] * bool(both)
@@ -204,7 +205,7 @@ def same_as_in_val(split, pairs):
     found, both = [], sorted(train.keys() & val.keys())
     if both:
         found.append(f"{len(both)} images are in {split} and in val: {train[both[0]]} ...")
-    sizes, digest = {}, functools.cache(lambda p: hashlib.sha256(p.read_bytes()).digest())
+    sizes = {}
     for path in filter(Path.is_file, train):
         sizes.setdefault(path.stat().st_size, []).append(path)
     twins = [
