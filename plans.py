@@ -100,7 +100,7 @@ REDUCED = dict(
     "steps: no net is near what it could reach. It stands in for the full plan until that has run.",
     teacher="b0",
     student="nano",
-    seeds=dict(main=3, labels=2, ablations=1, methods=1, photos=2),
+    seeds=dict(main=3, labels=2, ablations=3, methods=1, photos=2),
     pretrain="--size 64 --batch-size 128 --epochs 10 --lr 1e-3 --area 0.3 1 --colour 0.2 "
     "--dtype bfloat16",
     mit="--drop-path 0",

@@ -165,7 +165,8 @@ Written by `suite.py`: every number comes from a run whose command is below. mIo
 pixels and boundary IoU by the full-resolution protocol on the validation images, beside them mIoU
 by the paper's, at a quarter of that. *Of the way*: from the student alone, with as many steps, to
 the teacher. Means and standard deviations over seeds. What a command does not say is the same for
-all students; where data and results lie (`--data-dir`, `--out-dir`) is left out.
+all students; where data and results lie (`--data-dir`, `--out-dir`) is left out. Minutes are those
+of training, by the clock, whatever else the machine did.
 """
 
 
