@@ -121,6 +121,15 @@ def test_budgets_are_equal_but_where_the_row_says_so(place):
         assert steps.get(four_times) in (4 * steps[row], None)
 
 
+@pytest.mark.parametrize("plan", ["reduced", "full"])
+def test_what_a_plan_adds_to_a_row(place, plan):
+    args = get_args(place)
+    args.plan, args.data = plan, ["camvid=D"]
+    jobs = [job for job in suite.plan_jobs(args) if job.row[1:2] == ("methods",)]
+    fewer = {job.row[2] for job in jobs if "--cirkd-pixel-contrast" in job.argv}
+    assert fewer == ({"cirkd"} if plan == "reduced" else set())
+
+
 def test_later_flags_win():
     assert suite.merged(
         "x.py", "--a 1 2 --b", "--c 'd e' --a 3"
