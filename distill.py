@@ -64,20 +64,24 @@ class ResizedCrossEntropy(torch.autograd.Function):
 
     Logits as large as the labels are the largest tensors of a step: 19 classes take 637 MB for 16
     images of 512x1024, and autograd keeps several. Here the gradient, softmax - one_hot, is made
-    where the loss is, and brought back to the size of the logits: that is all that is kept.
+    where the loss is, and brought back to the size of the logits: that is all that is kept. The
+    classes of a pixel lie side by side, as the softmax, the resize and its adjoint like them best.
     """
 
     @staticmethod
     def forward(ctx, logits, labels, weights):
         total, grads = 0, []
         few = max(1, CHUNK // (logits.shape[1] * labels[0].numel()))  # images at a time
+        logits = logits.contiguous(memory_format=torch.channels_last)
         for x, y, w in zip(logits.split(few), labels.split(few), weights.split(few)):
-            log_p = resize(x, y.shape[1:]).log_softmax(dim=1)  # (few, K, H, W)
-            y = y.long().masked_fill(y == IGNORE, 0)[:, None]
-            total = total - (log_p.gather(1, y)[:, 0] * w).sum()
+            up = resize(x, y.shape[1:]).permute(0, 2, 3, 1)  # (few, H, W, K)
+            log_p = up.log_softmax(dim=3)
+            y = y.long().masked_fill(y == IGNORE, 0)[..., None]
+            total = total - (log_p.gather(3, y)[..., 0] * w).sum()
             if ctx.needs_input_grad[0]:
-                d = log_p.exp_().scatter_add_(1, y, torch.full_like(log_p[:, :1], -1.0))
-                grads.append(resize_adjoint(d.mul_(w[:, None]), x.shape))
+                d = log_p.exp_().scatter_add_(3, y, torch.full_like(log_p[..., :1], -1.0))
+                d = d.mul_(w[..., None]).permute(0, 3, 1, 2)  # (few, K, H, W)
+                grads.append(resize_adjoint(d, x.shape))
         ctx.save_for_backward(torch.cat(grads) if grads else None)
         return total
 
