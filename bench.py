@@ -34,7 +34,7 @@ import model
 import parallel
 from files import UserError
 from step import Learner, Teacher, parameter_groups, update
-from timing import Stopwatch, hardware, in_processes, matmul_peak, memory, timed
+from timing import Stopwatch, hardware, in_processes, keep_memory, matmul_peak, memory, timed
 
 # How a step can be computed; each line adds to the one before it. naive is what the released code
 # does: a graph and a head for the teacher, heads as drawn in the paper, attention written out.
@@ -96,6 +96,8 @@ def nets(args, spec, lean=False, channels_last=False, compile=False):
 def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
     """What a step takes: seconds in all and in its parts, and the memory it needs in GB."""
     how = dict(VARIANTS[variant])
+    if "lean" in how:
+        keep_memory()
     dtype = how.pop("dtype", "float32")
     before = memory(args.device, "now")
     learner, look = nets(args, spec, **how)
@@ -237,7 +239,7 @@ def bench_inference(args, peaks):
     for net in ours.values():
         net.to(args.device).to(memory_format=torch.channels_last)
     sizes = [tuple(round(n * s / 32) * 32 for n in args.size) for s in (0.5, 1, 2)]
-    kinds = {"float32": (student, "float32"), "bfloat16": (student, "bfloat16")}
+    kinds = {dtype: (student, dtype) for dtype in args.dtypes}
     if theirs is None:
         print("\nto compare with Hugging Face's SegFormer: pip install transformers safetensors")
     else:
@@ -411,8 +413,8 @@ def get_args():
         "--variants",
         nargs="+",
         choices=VARIANTS,
-        default=[*VARIANTS][: None if cuda else -1],
-        help="of the training step (compiled: without a GPU only if asked for, it takes minutes)",
+        help="of the training step (all; without a GPU compiled only if asked for, as it takes "
+        "minutes, and likewise bfloat16 where the CPU emulates it)",
     )
     p.add_argument("--student", default="b0", help=f"one of {', '.join(model.MODELS)}")
     p.add_argument("--teacher", default="b2", help=f"one of {', '.join(model.NAMES)}")
@@ -434,7 +436,13 @@ def get_args():
 
 def check(args):
     """UserError for what cannot be measured: before minutes are spent on the rest."""
-    model.get_device(args.device)
+    device = model.get_device(args.device)
+    native = model.has_native(device, "bfloat16")
+    if args.variants is None:
+        args.variants = [*VARIANTS][: -2 + native + (device.type == "cuda")]
+    args.dtypes = ["float32"]
+    if native or any("dtype" in VARIANTS[name] for name in args.variants):
+        args.dtypes.append("bfloat16")
     for name in (args.student, *args.models):
         if name not in model.MODELS:
             raise UserError(f"unknown model '{name}': choose among {', '.join(model.MODELS)}")
@@ -457,7 +465,9 @@ def main(args):
     check(args)
     tree = dict(hardware=hardware(args.device), torch=torch.__version__, settings=vars(args))
     print(f"{tree['hardware']}, torch {tree['torch']}")
-    peaks = {dtype: matmul_peak(args.device, dtype) for dtype in ("float32", "bfloat16")}
+    if "bfloat16" not in args.dtypes:
+        print("bfloat16 is left out: this CPU emulates it, many times slower than float32")
+    peaks = {dtype: matmul_peak(args.device, dtype) for dtype in args.dtypes}
     tree["peak_flops"] = peaks
     words = ", ".join(f"{dtype} {peak / 1e12:.2f}" for dtype, peak in peaks.items())
     print(f"TFLOP/s of a large matrix product: {words}")

@@ -367,7 +367,7 @@ def get_args(argv=None):
     p.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the forward pass (default: as in training)",
+        help="of the forward pass (default: as in training, if the device knows that one)",
     )
     return p.parse_args(argv)
 
@@ -394,7 +394,9 @@ def main(args):
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         net, facts = model.load(args.ckpt)
         net.to(args.device)
-        args.dtype = args.dtype or facts["dtype"]
+        if not args.dtype:
+            known = model.has_native(args.device, facts["dtype"])
+            args.dtype = facts["dtype"] if known else "float32"
         if args.image:
             return label_photos(net, catalog.complete(facts, net.num_classes), args, views)
         metrics = score(net, facts, args, views)

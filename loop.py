@@ -19,11 +19,12 @@ import torch
 
 import augment
 import files
+import model
 import parallel
 from files import UserError
 from settings import settings
 from step import learning_rate, parameter_groups, update
-from timing import hardware
+from timing import hardware, keep_memory
 
 # ------------------------------------------------------------------------------------------------
 # a run and its files
@@ -61,6 +62,9 @@ def start(args, batch_sizes, results):
     """
     device = parallel.start(args.device)
     rank, world = parallel.rank_and_world()
+    if rank == 0 and not model.has_native(device, args.dtype):
+        print(f"!!! This {device.type} emulates {args.dtype}: --dtype float32 is many times faster")
+    keep_memory()
     for batch in batch_sizes:
         if batch % (world * args.accumulate):
             raise UserError(

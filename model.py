@@ -315,6 +315,17 @@ def get_device(name):
     return device
 
 
+def has_native(device, dtype):
+    """Whether a device multiplies in `dtype` itself: what it emulates is slower than float32."""
+    if dtype == "float32":
+        return True
+    if device.type == "cuda":
+        return dtype == "float16" or torch.cuda.get_device_capability(device)[0] >= 8
+    ops = torch.ops.mkldnn  # torch's own question, for which it has no public name
+    known = dict(bfloat16="_is_mkldnn_bf16_supported", float16="_is_mkldnn_fp16_supported")
+    return torch.backends.mkldnn.is_available() and getattr(ops, known[dtype])()
+
+
 def save(path, net, **facts):
     """Write a deployable checkpoint: the weights and all that is needed to rebuild and use the net.
 

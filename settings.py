@@ -215,9 +215,10 @@ def resolve(args):
 
 def fast_dtype(device):
     """The --dtype that suits a device best."""
-    if model.get_device(device).type == "cpu":
+    device = model.get_device(device)
+    if device.type == "cpu":
         return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"  # or emulated
+    return "bfloat16" if model.has_native(device, "bfloat16") else "float16"
 
 
 def check_limits(args, limits):

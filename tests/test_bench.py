@@ -4,6 +4,8 @@ import argparse
 import copy
 import functools
 import json
+import platform
+import resource
 import sys
 import time
 
@@ -233,6 +235,7 @@ def test_everything(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = [str(tmp_path / name) for name in ("b.json", "b.png")]
     monkeypatch.setattr(methods, "METHODS", {"none": methods.METHODS["none"]})
+    monkeypatch.setattr(model, "has_native", lambda *_: True)
     words = ["--variants", "naive", "--method", "none", "--json", out[0]]
     command(monkeypatch, *words, "--plot", out[1], "--only", *bench.SECTIONS)
     tree = json.loads((tmp_path / "b.json").read_text())
@@ -248,6 +251,20 @@ def test_everything(monkeypatch, tmp_path, capsys):
     assert tree["data"]["host_img_s"] > 0 and set(tree["processes"]) == {"apart", "together"}
     assert list(tree["methods"]) == ["none"]
     assert "naive" in said and "as one run" in said and (tmp_path / "b.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_only_where_it_is_no_emulation_unless_asked_for(monkeypatch, native, capsys):
+    monkeypatch.setattr(model, "has_native", lambda *_: native)
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e9)
+    seen = []
+    monkeypatch.setattr(bench, "SECTIONS", dict(step=lambda args, _: seen.append(args), last=None))
+    for words, low in (([], native), (["--variants", "bfloat16"], True)):
+        command(monkeypatch, *words)
+        args = seen.pop()
+        assert ("bfloat16" in args.variants) == ("bfloat16" in args.dtypes) == low
+        assert {"naive", "float32"} <= {*args.variants} or words
+        assert ("emulates" in capsys.readouterr().out) == (not low)
 
 
 @pytest.mark.parametrize(
@@ -266,3 +283,20 @@ def test_everything(monkeypatch, tmp_path, capsys):
 def test_mistakes(monkeypatch, words, complaint):
     with pytest.raises(UserError, match=complaint):
         command(monkeypatch, *words)
+
+
+def faults(keep):
+    """Page faults of filling 10 tensors of 40 MB, one after the other."""
+    if keep:
+        timing.keep_memory()
+    usage = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+    for _ in range(11):
+        torch.zeros(10**7).add_(1)
+        usage.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    return usage[-1] - usage[1]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_kept_memory_is_not_asked_for_again():
+    ((asked,), (kept,)) = (timing.in_processes(faults, (keep,)) for keep in (False, True))
+    assert asked > 10 * 40e6 / 2**21 and asked > 5 * kept  # with pages of 2 MB or less

@@ -217,6 +217,25 @@ def run(monkeypatch, *words):
     evaluation.main(evaluation.get_args())
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_scores_in_the_dtype_of_training_unless_the_device_emulates_it(
+    monkeypatch, folder, ckpt, tmp_path, native
+):
+    net, facts = model.load(ckpt)
+    model.save(tmp_path / "low.pt", net, **facts | dict(dtype="bfloat16"))
+    asked, seen = [], []
+    evaluate = evaluation.evaluate
+    monkeypatch.setattr(model, "has_native", lambda *about: asked.append(about) or native)
+    monkeypatch.setattr(
+        evaluation, "evaluate", lambda *a, **k: seen.append(a[4]) or evaluate(*a, **k)
+    )
+    words = ["--ckpt", tmp_path / "low.pt", "--dataset", "folder", "--data-dir", folder]
+    run(monkeypatch, *words)
+    run(monkeypatch, *words, "--dtype", "float16")
+    assert seen == ["bfloat16" if native else "float32", "float16"]
+    assert asked == [(torch.device("cpu"), "bfloat16")]
+
+
 def test_json_is_one_object_and_nothing_else(monkeypatch, capsys, folder, ckpt):
     run(monkeypatch, "--ckpt", ckpt, "--data-dir", folder, "--json")
     out = json.loads(capsys.readouterr().out)

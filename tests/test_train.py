@@ -209,6 +209,15 @@ def test_options_run(folder, tmp_path, more):
     assert not same(weights(tmp_path / "out"), model.build("nano", 3).state_dict())
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_dtype_that_the_device_emulates_is_said_to_be_slow(
+    folder, tmp_path, monkeypatch, capsys, native
+):
+    monkeypatch.setattr(model, "has_native", lambda *_: native)
+    run(folder, tmp_path / "out", "--dtype", "bfloat16", "--method", "none", "--max-iters", "1")
+    assert ("emulates bfloat16" in capsys.readouterr().out) == (not native)
+
+
 def test_it_learns(folder, tmp_path):
     """Pictures whose colours are their labels: after a minute at most, nearly all is right."""
     more = ["--method", "none", "--max-iters", "150", "--lr", "3e-3", "--batch-size", "6"]
