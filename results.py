@@ -3,6 +3,7 @@ What the runs of `suite.py` found: tables in Markdown, and mIoU against training
 """
 
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -167,15 +168,26 @@ by the paper's, at a quarter of that. *Of the way*: from the student alone, with
 the teacher. Means and standard deviations over seeds. What a command does not say is the same for
 all students; where data and results lie (`--data-dir`, `--out-dir`) is left out. Minutes are those
 of training, by the clock, whatever else the machine did.
+
+Each data set has the plan and the hardware of its own last run: compare within a section.
 """
 
 
-def section(dataset, groups, jobs, path):
+def section(dataset, groups, plan, jobs, path):
     """Lines on a data set, or on a pair of classifiers, and its picture beside the file `path`."""
-    lines = [f"## {dataset}", ""]
+    places = sorted({run["where"] for run in all_runs(groups)})
+    lines = [f"## {dataset}", "", plan["note"], "", f"Ran on: {'; '.join(places)}.", ""]
+    lines += encoders(jobs)
     if "photos" in groups:
-        return [*lines, *classifier_table(dataset, groups["photos"], jobs), ""]
-    main = groups.get("main", {})
+        lines += [*classifier_table(dataset, groups["photos"], jobs), ""]
+    else:
+        lines += student_tables(dataset, groups, path)
+    return [*lines, "### Commands", "", *commands(groups), ""]
+
+
+def student_tables(dataset, groups, path):
+    """Lines on the students of a data set, and its picture beside the file `path`."""
+    lines, main = [], groups.get("main", {})
     teacher, alone = groups.get("teacher", {}).get("teacher"), main.get("alone")
     starts = {main[row][0]["steps"]: main[row] for row in LENGTHS["alone"] if row in main}
     for group in [group for group in TITLES if group in groups]:
@@ -192,14 +204,22 @@ def section(dataset, groups, jobs, path):
     return lines
 
 
+def written(path):
+    """{title: lines} of the sections that a file of results holds."""
+    text = Path(path).read_text() if Path(path).exists() else ""
+    parts = re.split("^(?=## )", text, flags=re.MULTILINE)[1:]
+    return {part.splitlines()[0].removeprefix("## "): part.splitlines() for part in parts}
+
+
 def write(path, plan, jobs):
-    """The results of what is done, as Markdown, with a picture a data set beside it."""
-    path, found = Path(path), collect(jobs)
-    places = {run["where"] for groups in found.values() for run in all_runs(groups)}
-    lines = [INTRODUCTION, plan["note"], "", *[f"Ran on: {p}." for p in sorted(places)], ""]
-    lines += encoders(jobs)
-    for dataset, groups in found.items():
-        lines += section(dataset, groups, jobs, path)
-        lines += ["### Commands", "", *commands(groups), ""]
+    """The results of what is done, as Markdown, with a picture a data set beside it.
+
+    Sections of other data sets, which another run of the suite wrote, stay.
+    """
+    path = Path(path)
+    sections = written(path)
+    for dataset, groups in collect(jobs).items():
+        sections[dataset] = section(dataset, groups, plan, jobs, path)
+    lines = [INTRODUCTION, *(line for part in sections.values() for line in part)]
     with files.atomic(path) as tmp:
-        Path(tmp).write_text("\n".join(lines))
+        Path(tmp).write_text("\n".join(lines) + "\n")

@@ -282,6 +282,22 @@ def test_tables(tmp_path):
     assert text.count("python train.py --seed 0") == len(runs) and "--seed 1" not in text
 
 
+def test_sections_of_other_data_sets_stay(tmp_path):
+    """What was written stays to the letter; a data set that ran again has its new section."""
+    path, runs = tmp_path / "r.md", {("teacher", "teacher"): [dict(miou=0.6)]}
+    for dataset, note in (("camvid", "First."), ("nyuv2", "Second.")):
+        jobs = jobs_of(tmp_path / dataset, runs)
+        for job in jobs:
+            job.row = (dataset, *job.row[1:])
+        results.write(path, dict(note=note), jobs)
+        results.write(path, dict(note=note), jobs)
+    text = path.read_text()
+    assert list(results.written(path)) == ["camvid", "nyuv2"]
+    assert text.startswith(results.INTRODUCTION) and text.count("# Results\n") == 1
+    results.write(path, dict(note="Third."), jobs)
+    assert path.read_text() == text.replace("Second.", "Third.") != text
+
+
 def test_curve_of_several_seeds(tmp_path):
     """Time is that of training, in proportion to the steps; the teacher's score is not on it."""
     curves = [[(5, 0.2), (10, 0.4)], [(5, 0.3), (8, 0.9), (10, 0.6)]]
