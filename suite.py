@@ -150,7 +150,7 @@ def dataset_jobs(plan, args, dataset, place, inits):
                 if "--method none" not in flags:
                     flags += f" --teacher-ckpt {teacher.folder / 'student.pt'}"
                     needs = [*needs, teacher.made]
-                flags += f" --eval-every {sizes['every']}" * (row in CURVES)
+                flags += f" --eval-every {sizes['every']}" * (row in CURVES and sizes["every"] > 0)
                 flags += f" {plan.get('also', {}).get(row, '')}"
                 folder, row = out / slug(f"{group} {row}") / str(seed), (dataset, group, row, seed)
                 flags = f"--student {plan['student']} {flags} --seed {seed}"
