@@ -34,7 +34,7 @@ import model
 import parallel
 from files import UserError
 from step import Learner, Teacher, parameter_groups, update
-from timing import Stopwatch, hardware, in_processes, keep_memory, matmul_peak, memory, timed
+from timing import Stopwatch, hardware, in_processes, matmul_peak, memory, timed
 
 # How a step can be computed; each line adds to the one before it. naive is what the released code
 # does: a graph and a head for the teacher, heads as drawn in the paper, attention written out.
@@ -97,7 +97,7 @@ def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
     """What a step takes: seconds in all and in its parts, and the memory it needs in GB."""
     how = dict(VARIANTS[variant])
     if "lean" in how:
-        keep_memory()
+        model.keep_memory()
     dtype = how.pop("dtype", "float32")
     before = memory(args.device, "now")
     learner, look = nets(args, spec, **how)
@@ -463,6 +463,7 @@ def check(args):
 
 def main(args):
     check(args)
+    model.keep_memory()
     tree = dict(hardware=hardware(args.device), torch=torch.__version__, settings=vars(args))
     print(f"{tree['hardware']}, torch {tree['torch']}")
     if "bfloat16" not in args.dtypes:

@@ -388,6 +388,7 @@ def main(args):
             "--save-preds goes with --protocol full: predictions at the labels' own size"
         )
     args.device = model.get_device(args.device)
+    model.keep_memory()
     views = dict(scales=args.scales, flip=args.flip, window=args.window)
     views["stride"] = args.stride or (args.window or 0) * 3 // 4
     # with --json the progress of the cache goes to stderr, so that stdout is JSON alone

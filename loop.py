@@ -24,7 +24,7 @@ import parallel
 from files import UserError
 from settings import settings
 from step import learning_rate, parameter_groups, update
-from timing import hardware, keep_memory
+from timing import hardware
 
 # ------------------------------------------------------------------------------------------------
 # a run and its files
@@ -64,7 +64,7 @@ def start(args, batch_sizes, results):
     rank, world = parallel.rank_and_world()
     if rank == 0 and not model.has_native(device, args.dtype):
         print(f"!!! This {device.type} emulates {args.dtype}: --dtype float32 is many times faster")
-    keep_memory()
+    model.keep_memory()
     for batch in batch_sizes:
         if batch % (world * args.accumulate):
             raise UserError(

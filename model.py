@@ -13,8 +13,10 @@ Features and embeddings are what TransKD distils; a teacher asked only for them 
 teachers of cnn.py come from the same `build` and `load`, and are called the same way.
 """
 
+import ctypes
 import math
 import re
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -298,7 +300,7 @@ def count_parameters(net):
 
 
 # ------------------------------------------------------------------------------------------------
-# weights in and out
+# devices
 
 
 def get_device(name):
@@ -324,6 +326,22 @@ def has_native(device, dtype):
     ops = torch.ops.mkldnn  # torch's own question, for which it has no public name
     known = dict(bfloat16="_is_mkldnn_bf16_supported", float16="_is_mkldnn_fp16_supported")
     return torch.backends.mkldnn.is_available() and getattr(ops, known[dtype])()
+
+
+def keep_memory():
+    """Let glibc keep what tensors on the host leave: a step asks for the same sizes again.
+
+    Otherwise large ones go back to the system and come again as zeroed pages, every time. Where
+    there is another C library nothing changes.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        mmap_threshold, trim_threshold = -3, -1  # as malloc.h numbers them
+        libc.mallopt(mmap_threshold, 2**31 - 1) or libc.mallopt(mmap_threshold, 2**25)  # old glibc
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# weights in and out
 
 
 def save(path, net, **facts):

@@ -3,11 +3,9 @@ Measuring: seconds, memory, the most a device can do. For `flops.py` and `bench.
 """
 
 import concurrent.futures
-import ctypes
 import multiprocessing
 import platform
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -73,17 +71,6 @@ def memory(device, what):
         return None
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return int(lines[dict(now="VmRSS", peak="VmHWM")[what]].split()[0]) * 1024 / 1e9
-
-
-def keep_memory():
-    """Let glibc keep what tensors on the host leave: a step asks for the same sizes again.
-
-    Otherwise large ones go back to the system and come again as zeroed pages, every time. Where
-    there is another C library nothing changes.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for number in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            libc.mallopt(number, 2**31 - 1)
 
 
 def matmul_peak(device, dtype, seconds=0.5):

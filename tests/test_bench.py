@@ -290,7 +290,7 @@ def faults():
     counts = []
     for k in range(22):
         if k == 11:
-            timing.keep_memory()
+            model.keep_memory()
         torch.zeros(10**7).add_(1)
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
     return counts[10] - counts[0], counts[21] - counts[11]
