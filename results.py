@@ -208,7 +208,10 @@ def written(path):
     """{title: lines} of the sections that a file of results holds."""
     text = Path(path).read_text() if Path(path).exists() else ""
     parts = re.split("^(?=## )", text, flags=re.MULTILINE)[1:]
-    return {part.splitlines()[0].removeprefix("## "): part.splitlines() for part in parts}
+    return {
+        part.splitlines()[0].removeprefix("## "): [*part.rstrip().splitlines(), ""]
+        for part in parts
+    }
 
 
 def write(path, plan, jobs):
@@ -222,4 +225,4 @@ def write(path, plan, jobs):
         sections[dataset] = section(dataset, groups, plan, jobs, path)
     lines = [INTRODUCTION, *(line for part in sections.values() for line in part)]
     with files.atomic(path) as tmp:
-        Path(tmp).write_text("\n".join(lines) + "\n")
+        Path(tmp).write_text("\n".join(lines))
