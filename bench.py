@@ -416,7 +416,7 @@ def get_args():
         nargs="+",
         choices=VARIANTS,
         help="of the training step (all; without a GPU compiled only if asked for, as it takes "
-        "minutes, and likewise bfloat16 where the CPU emulates it)",
+        "minutes, and likewise bfloat16 where the device emulates it)",
     )
     p.add_argument("--student", default="b0", help=f"one of {', '.join(model.MODELS)}")
     p.add_argument("--teacher", default="b2", help=f"one of {', '.join(model.NAMES)}")
@@ -441,7 +441,8 @@ def check(args):
     device = model.get_device(args.device)
     native = model.has_native(device, "bfloat16")
     if args.variants is None:
-        args.variants = [*VARIANTS][: -2 + native + (device.type == "cuda")]
+        slow = ["compile"] * (device.type == "cpu") + ["dtype"] * (not native)
+        args.variants = [name for name, how in VARIANTS.items() if not how.keys() & slow]
     args.dtypes = ["float32"]
     if native or any("dtype" in VARIANTS[name] for name in args.variants):
         args.dtypes.append("bfloat16")
@@ -469,7 +470,7 @@ def main(args):
     tree = dict(hardware=hardware(args.device), torch=torch.__version__, settings=vars(args))
     print(f"{tree['hardware']}, torch {tree['torch']}")
     if "bfloat16" not in args.dtypes:
-        print("bfloat16 is left out: this CPU emulates it, many times slower than float32")
+        print("bfloat16 is left out: this device emulates it, many times slower than float32")
     peaks = {dtype: matmul_peak(args.device, dtype) for dtype in args.dtypes}
     tree["peak_flops"] = peaks
     words = ", ".join(f"{dtype} {peak / 1e12:.2f}" for dtype, peak in peaks.items())
