@@ -3,6 +3,7 @@ What `suite.py` compares, and in which size: rows of tables as flags, plans as n
 """
 
 import methods
+import pretrain
 
 # ------------------------------------------------------------------------------------------------
 # what is compared: group -> row -> flags of train.py beside those that all students share
@@ -59,7 +60,12 @@ ROWS = {
         name: f"--method {name}" for name in methods.METHODS if name not in ["none", *TRANSKD]
     },
 }
-GROUPS = [*ROWS, "photos"]  # the last: classifiers, alone and by every method of pretrain.py
+CLASSIFIERS = {  # likewise, flags of pretrain.py
+    "alone": "",
+    "kd": "--method kd",
+    "kd, no labels": "--method kd --ce-weight 0 --kd-weight 1",  # as in manifold+kd, without it
+} | {name: f"--method {name}" for name in pretrain.WEIGHTS if name != "none"}
+GROUPS = [*ROWS, "photos"]  # the last: the classifiers
 PAPER_TOO = ["alone", "alone, pre-trained", *TRANSKD]  # rows scored by the paper's protocol as well
 CURVES = ["alone", "alone, twice the steps", "alone, pre-trained", "transkd-base"]  # and on the way
 LENGTHS = {  # one method in several lengths, as far as they are rows

@@ -179,6 +179,7 @@ def section(dataset, groups, plan, jobs, path):
     lines = [f"## {dataset}", "", plan["note"], "", f"Ran on: {'; '.join(places)}.", ""]
     lines += encoders(jobs)
     if "photos" in groups:
+        lines += [f"Classifiers, {dataset}:", ""]
         lines += [*classifier_table(dataset, groups["photos"], jobs), ""]
     else:
         lines += student_tables(dataset, groups, path)

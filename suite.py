@@ -23,10 +23,9 @@ from pathlib import Path
 import classifiers
 import files
 import loop
-import pretrain
 import results
 from files import UserError
-from plans import CURVES, GROUPS, PAPER_TOO, PLANS, ROWS, numbers
+from plans import CLASSIFIERS, CURVES, GROUPS, PAPER_TOO, PLANS, ROWS, numbers
 
 HERE = Path(__file__).parent
 
@@ -113,19 +112,18 @@ def classifier_flags(plan, name):
 
 
 def classifier_jobs(plan, args, teacher, student):
-    """A classifier of photos and its students: alone and by every method of pretrain.py."""
+    """A classifier of photos and its students, alone and by every method."""
     first = encoder_job(plan, args, teacher)
     jobs, pair = [first], f"{student} from {teacher}"
     for seed in range(plan["seeds"]["photos"]):
-        for method in pretrain.WEIGHTS:
-            flags = f"--seed {seed}"
-            if method != "none":
-                flags += f" --method {method} --teacher {first.folder / 'encoder.pt'}"
+        for row, how in CLASSIFIERS.items():
+            flags, needs = f"--seed {seed} {how}", [first.made] * ("--method" in how)
+            if needs:
+                flags += f" --teacher {first.folder / 'encoder.pt'}"
             shared = f"{classifier_flags(plan, student)} {plan['classifiers']}"
-            folder = Path(args.out_dir) / "photos" / slug(f"{pair} {method}") / str(seed)
+            folder = Path(args.out_dir) / "photos" / slug(f"{pair} {row}") / str(seed)
             argv, own = merged("pretrain.py", shared, flags), where(args, args.photos, folder)
-            needs = [first.made] * (method != "none")
-            jobs.append(Job(argv, own, folder, (pair, "photos", method, seed), needs))
+            jobs.append(Job(argv, own, folder, (pair, "photos", row, seed), needs))
     return jobs
 
 

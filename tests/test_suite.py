@@ -315,7 +315,7 @@ def test_curve_of_several_seeds(tmp_path):
 
 def test_tables_of_classifiers(place, monkeypatch):
     """By methods, from a teacher that is trained once, between MiTs and between ViTs."""
-    monkeypatch.setattr(pretrain, "WEIGHTS", dict.fromkeys(["none", "kd"]))
+    monkeypatch.setattr(suite, "CLASSIFIERS", {"alone": "", "kd": "--method kd"})
     args = get_args(place, "--only", "photos", "--jobs", "2")
     args.data = []
     suite.main(args)
@@ -323,7 +323,7 @@ def test_tables_of_classifiers(place, monkeypatch):
     for pair in ("nano from nano", "vit_tiny from vit_tiny"):
         part = text.split(f"## {pair}\n")[1].split("###")[0]
         rows = [line.split(" | ")[0].strip("| ") for line in part.splitlines() if "|" in line]
-        assert rows[2:] == ["teacher", *pretrain.WEIGHTS]
+        assert rows[2:] == ["teacher", "alone", "kd"]
     runs = json.loads((place / "out/photos/nano-from-nano-kd/0/metrics.json").read_text())
     assert f"| kd | 1 | {100 * runs['top1']:.1f} | " in text
     assert "- vit_tiny: top-1 " in text and len(list((place / "out/pretrained").iterdir())) == 2
