@@ -11,7 +11,7 @@ products inside attention, and what really runs here, where the head multiplies 
 
 import argparse
 import json
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -88,6 +88,14 @@ class Watched:
         return getattr(self.out, field)
 
 
+@cache
+def looked_at(name, num_classes, size):
+    """A teacher without data, and what it says of an image of size (H, W)."""
+    with torch.device("meta"):
+        net = model.build(name, num_classes).eval()
+        return net, net(torch.empty(1, 3, *size))
+
+
 def with_method(spec, student, teacher, num_classes, size, **options):
     """(parameters and GMACs of a student and its training wrapper, what that takes of the teacher).
 
@@ -95,10 +103,11 @@ def with_method(spec, student, teacher, num_classes, size, **options):
     """
     with torch.device("meta"):
         image = torch.empty(1, 3, *size)
-        net, teacher = (model.build(name, num_classes) for name in (student, teacher))
+        net = model.build(student, num_classes)
+        teacher, says = looked_at(teacher, num_classes, size)
         method = methods.build(spec, net, teacher, **options).eval()
         labels = torch.zeros(1, *size, dtype=torch.uint8)
-        seen = Watched(teacher.eval()(image))
+        seen = Watched(says)
         cost = measure(net, image, lambda out: method(out, seen, image, labels))
     params = model.count_parameters(net) + model.count_parameters(method)
     return dict(params=params) | cost, seen.seen

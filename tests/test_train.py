@@ -227,7 +227,8 @@ def test_it_learns(folder, tmp_path):
 
 def test_recipe_paper(folder, tmp_path):
     small = ["--student", "nano", "--teacher", "nano", "--recipe", "paper"]
-    args = train.get_args(["--dataset", "folder", "--data-dir", str(folder), *small])
+    where = ["--dataset", "folder", "--data-dir", str(folder), "--out-dir", str(tmp_path / "out")]
+    args = train.get_args([*where, *small])
     train.resolve(args)
     run_ = train.open_run(args)
     assert (args.batch_size, args.teacher_batch_size, args.lr) == (2, 8, 6e-5)
@@ -235,8 +236,7 @@ def test_recipe_paper(folder, tmp_path):
     assert args.csf_norm == "batch" and args.class_weights == args.protocol == "paper"
     assert run_.augment.crop == (512, 614) and run_.augment.fit and run_.augment.label_stride == 4
     assert run_.facts["std"] == [1.0] * 3 and run_.facts["resize"] == 512
-    more = [*small, "--max-iters", "1", "--out-dir", str(tmp_path / "out")]
-    train.main(train.get_args(["--dataset", "folder", "--data-dir", str(folder), *more]))
+    train.main(train.get_args([*where, *small, "--max-iters", "1"]))
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["student"]["protocol"] == "paper"
     default = train.get_args([*small, "--method", "kd"])
