@@ -233,8 +233,12 @@ def decode(files, folder, title):
 
 
 def class_pixels(split):
-    """(256,) int64: pixels of each class, and of IGNORE at 255, over a split."""
-    return sum(np.bincount(split.label(i).ravel(), minlength=256) for i in range(len(split)))
+    """(256,) int64: pixels of each class, and of IGNORE at 255, over a split's images."""
+
+    def count(i):
+        return np.bincount(split.label(i).ravel(), minlength=256)
+
+    return sum(in_parallel(count, range(len(split)), "pixels of each class"))
 
 
 def class_weights(split, num_classes):

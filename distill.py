@@ -45,7 +45,7 @@ def valid_count(valid):
 
 def paper_weights(pixels):
     """(K,) pixels of each class -> its weight in the TransKD release, 1 / ln(1.10 + share)."""
-    return (1 / torch.log(1.10 + pixels / pixels.sum())).float()
+    return (1 / torch.log(1.10 + pixels / pixels.sum().clamp(min=1))).float()
 
 
 def cross_entropy(logits, labels, class_weights=None):

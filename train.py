@@ -166,11 +166,10 @@ def start_from(run, stage, net):
     if init == "auto":
         init = IMAGENET.get(net.name) if auto else "scratch"
     if init != "scratch":
-        quiet = contextlib.nullcontext() if run.rank == 0 else contextlib.redirect_stdout(None)
         try:
             if init is None:
                 raise UserError(f"There are no ImageNet weights of a {net.name}.")
-            with quiet:
+            with told_once(run):
                 parallel.first_then_others(lambda: model.load_weights(net, init))
         except UserError as e:
             if not auto:
@@ -184,6 +183,11 @@ def start_from(run, stage, net):
     run.print(f"starts from {init}")
     run.inits[stage] = init
     return init
+
+
+def told_once(run):
+    """Within it, only process 0 prints."""
+    return contextlib.nullcontext() if run.rank == 0 else contextlib.redirect_stdout(None)
 
 
 def find_teacher(run):
@@ -248,7 +252,8 @@ def class_weights(run, split):
     """Those of the paper for the training pixels, or None."""
     if run.args.class_weights == "none":
         return None
-    return data.class_weights(split, len(run.dataset.classes))
+    with told_once(run):
+        return data.class_weights(split, len(run.dataset.classes))
 
 
 def score(run, stage, net, step, facts):

@@ -110,7 +110,7 @@ def test_budgets_are_equal_but_where_the_row_says_so(place):
     assert sorted(map(sorted, others)) == [
         ["alone, four times the steps"],
         ["alone, pre-trained, lower rate"],
-        sorted(f"{row}, twice the steps" for row in plans.LENGTHS),
+        sorted(f"{row}, twice the steps" for row in (*plans.LENGTHS, "weighted classes")),
     ]
     assert {"alone", "alone, pre-trained", *plans.TRANSKD, "tat", "labels at a quarter"} <= common
     assert set(methods.METHODS) - rows == {"none"}  # which is "alone"

@@ -1,6 +1,7 @@
 """The loop: schedule, resume, processes, signals, files, and words for a user's mistakes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from test_weights import nvlabs
 
 import catalog
 import data
+import distill
 import eval as evaluation
 import files
 import loop
@@ -89,15 +91,18 @@ def test_weight_decay_is_on_matrices_only():
 
 def test_class_weights_of_the_paper(folder):
     """1 / ln(1.10 + p): 10.4 for a class that hardly occurs, 1.4 for one that is all there is."""
-    args = train.get_args(words(folder, folder / "out", "--class-weights", "paper"))
+    args = train.get_args(words(folder, folder / "out"))
     train.resolve(args)
-    got = train.open_run(args)
-    got = train.class_weights(got, got.train)
+    run = train.open_run(args)
+    got = train.class_weights(run, run.train)
     counts = torch.zeros(3)
     for i in range(6):
         label = torch.from_numpy(catalog.read_label(folder / "labels" / f"p{i}.png"))
         counts += torch.bincount(label[label != 255].long(), minlength=3)
     assert torch.allclose(got, 1 / torch.log(1.10 + counts / counts.sum()), atol=1e-5)
+    args.class_weights = "none"
+    assert train.class_weights(run, run.train) is None
+    assert distill.paper_weights(torch.zeros(2)).tolist() == pytest.approx([1 / math.log(1.1)] * 2)
 
 
 def test_teacher_with_another_normalisation_sees_the_same_pixels():
@@ -196,7 +201,7 @@ def test_distillation_changes_the_student_and_none_needs_no_teacher(folder, tmp_
             "--csf-norm",
             "batch",
         ],
-        ["--ema", "0.9", "--class-weights", "paper"],
+        ["--ema", "0.9", "--class-weights", "none"],
         ["--dtype", "bfloat16"],
         ["--accumulate", "2", "--clip", "0"],
         ["--cache", "off", "--workers", "2"],
