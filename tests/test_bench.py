@@ -82,7 +82,9 @@ def test_logits_of_a_trained_net(trained, variant):
         net = copy.deepcopy(net)
         net.encoder.stages[0].compile()
         net.head.compile()
+        torch._dynamo.utils.counters.clear()
         got = logits(net, images)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     else:
         net = copy.deepcopy(net).to(memory_format=torch.channels_last)
         got = logits(net, images.contiguous(memory_format=torch.channels_last))
