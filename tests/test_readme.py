@@ -77,7 +77,7 @@ def test_command(place, line, monkeypatch):
         argv += "--batches 1 --seconds 0.1".split()
     if "suite.py" in argv:  # test_suite.py runs it
         argv += "--plan tiny --no-runs".split()
-    if "export.py" in argv:
+    if "export.py" in argv or "exported/hf" in argv:
         for package in ("transformers", "onnxruntime", "onnxscript", "safetensors"):
             pytest.importorskip(package)
     argv = [f"weights/{HUB}" if word.startswith("nvidia/") else word for word in argv]
