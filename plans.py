@@ -69,6 +69,7 @@ CLASSIFIERS = {  # likewise, flags of pretrain.py
     "kd, no labels": "--method kd --ce-weight 0 --kd-weight 1",  # as in manifold+kd, without it
 } | {name: f"--method {name}" for name in pretrain.WEIGHTS if name != "none"}
 GROUPS = [*ROWS, "photos"]  # the last: the classifiers
+PLAIN = "--class-weights none"  # as most methods were published; rows of their own have weights
 PAPER_TOO = ["alone", "alone, pre-trained", *TRANSKD]  # rows scored by the paper's protocol as well
 CURVES = ["alone", "alone, twice the steps", "alone, pre-trained", "transkd-base"]  # and on the way
 LENGTHS = {  # one method in several lengths, as far as they are rows
@@ -90,16 +91,14 @@ def numbers(plan, dataset):
     return lengths | sizes | dict(tenth=tenth, quarter=quarter)
 
 
-PLAIN = "--class-weights none"  # as most methods were published; rows of their own have weights
 TINY = dict(
     note="A rehearsal of a few steps, which shows that everything runs and nothing else.",
     teacher="nano",
     student="nano",
     seeds=dict(main=2, labels=1, ablations=1, methods=1, photos=1),
     pretrain="--size 32 --batch-size 4 --max-iters 2",
-    pairs=[("nano", "nano"), ("vit_tiny", "vit_tiny")],
-    classifiers="--max-iters 1",
-    train=f"--batch-size 4 --crop-size 32 {PLAIN}",
+    pairs={("nano", "nano"): "--max-iters 1", ("vit_tiny", "vit_tiny"): "--max-iters 1"},
+    train="--batch-size 4 --crop-size 32",
     data=dict.fromkeys(
         ("folder", "camvid", "nyuv2"),
         dict(teacher="--max-iters 2", student="--max-iters {steps}", steps=4, low=1e-4),
@@ -116,9 +115,8 @@ REDUCED = dict(
     "--dtype bfloat16",
     mit="--drop-path 0",
     vit="--patch 16",
-    pairs=[("b0", "nano"), ("vit_small", "vit_tiny")],
-    classifiers="--epochs 2",
-    train=f"--batch-size 8 --dtype bfloat16 {PLAIN}",
+    pairs={("b0", "nano"): "--epochs 2", ("vit_small", "vit_tiny"): "--epochs 2"},
+    train="--batch-size 8 --dtype bfloat16",
     also={"cirkd": "--cirkd-pixel-contrast 512 --cirkd-region-contrast 128"},
     data={
         "camvid": dict(
@@ -141,9 +139,9 @@ SMALL = REDUCED | dict(
     "ImageNet, small crops, few steps: no net is near what it could reach.",
     seeds=dict(main=2, labels=1, ablations=2, methods=1, photos=2),
     pretrain="--size 64 --batch-size 128 --epochs 3 --lr 1e-3 --area 0.3 1 --colour 0.2",
-    pairs=[("b0", "nano")],
-    classifiers="--epochs 1",
-    train=f"--batch-size 8 {PLAIN}",
+    vit="--patch 16 --batch-size 64 --epochs 1.5",
+    pairs={("b0", "nano"): "--epochs 1", ("vit_small", "vit_tiny"): "--epochs 0.5"},
+    train="--batch-size 8",
     data={
         "camvid": REDUCED["data"]["camvid"],
         "nyuv2": dict(
@@ -161,9 +159,8 @@ FULL = dict(
     student="b0",
     seeds=dict(main=3, labels=3, ablations=2, methods=3, photos=3),
     pretrain="--size 64 --batch-size 512 --epochs 100 --lr 1e-3 --mixup 0.8 --cutmix 1",
-    pairs=[("b2", "b0"), ("vit_small", "vit_tiny")],
-    classifiers="--epochs 100",
-    train=f"--batch-size 16 {PLAIN}",
+    pairs={("b2", "b0"): "--epochs 100", ("vit_small", "vit_tiny"): "--epochs 100"},
+    train="--batch-size 16",
     data={
         "camvid": dict(
             teacher="--crop-size 352 480 --max-iters 10000 --lr 2e-4",

@@ -25,7 +25,7 @@ import files
 import loop
 import results
 from files import UserError
-from plans import CLASSIFIERS, CURVES, GROUPS, PAPER_TOO, PLANS, ROWS, numbers
+from plans import CLASSIFIERS, CURVES, GROUPS, PAPER_TOO, PLAIN, PLANS, ROWS, numbers
 
 HERE = Path(__file__).parent
 
@@ -79,8 +79,8 @@ def plan_jobs(args):
         jobs += [encoder] * (not getattr(args, f"{who}_init"))
     for dataset in plan["data"]:
         jobs += dataset_jobs(plan, args, dataset, places.get(dataset), inits)
-    for pair in plan["pairs"]:
-        jobs += classifier_jobs(plan, args, *pair)
+    for (teacher, student), flags in plan["pairs"].items():
+        jobs += classifier_jobs(plan, args, teacher, student, flags)
     return [*{job.made: job for job in jobs}.values()]  # an encoder only once
 
 
@@ -111,16 +111,16 @@ def classifier_flags(plan, name):
     return f"--model {name} {plan['pretrain']} {kind}"
 
 
-def classifier_jobs(plan, args, teacher, student):
-    """A classifier of photos and its students, alone and by every method."""
+def classifier_jobs(plan, args, teacher, student, shared):
+    """A classifier of photos and its students, alone and by every method, with `shared` flags."""
     first = encoder_job(plan, args, teacher)
     jobs, pair = [first], f"{student} from {teacher}"
+    shared = f"{classifier_flags(plan, student)} {shared}"
     for seed in range(plan["seeds"]["photos"]):
         for row, how in CLASSIFIERS.items():
             flags, needs = f"--seed {seed} {how}", [first.made] * ("--method" in how)
             if needs:
                 flags += f" --teacher {first.folder / 'encoder.pt'}"
-            shared = f"{classifier_flags(plan, student)} {plan['classifiers']}"
             folder = Path(args.out_dir) / "photos" / slug(f"{pair} {row}") / str(seed)
             argv, own = merged("pretrain.py", shared, flags), where(args, args.photos, folder)
             jobs.append(Job(argv, own, folder, (pair, "photos", row, seed), needs))
@@ -134,7 +134,7 @@ def dataset_jobs(plan, args, dataset, place, inits):
         name: [] if getattr(args, name) else [Path(init).with_name("metrics.json")]
         for name, init in inits.items()
     }
-    shared = f"--dataset {dataset} {plan['train']}"
+    shared = f"--dataset {dataset} {plan['train']} {PLAIN}"
     flags = f"--student {plan['teacher']} --method none --student-init {inits['teacher_init']}"
     argv = merged("train.py", shared, flags, sizes["teacher"])
     own, row = where(args, place, out / "teacher"), (dataset, "teacher", "teacher", 0)

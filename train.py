@@ -214,7 +214,8 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
     args = run.args
     split = run.images(stage)
     paper = args.recipe == "paper"
-    learner = Learner(net, method, class_weights(run, split))
+    weights = None if getattr(method, "replaces_ce", False) else class_weights(run, split)
+    learner = Learner(net, method, weights)
     parts = loop.place(run, learner, lr, decay_everything=paper)
     if args.ema:
         average = get_ema_multi_avg_fn(args.ema)
