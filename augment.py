@@ -63,7 +63,7 @@ def colour_matrix(rng, strength):
     return np.column_stack([m, np.full(3, bias)]).astype(np.float32)
 
 
-def axis(n, scale, start, flip, size):
+def source_positions(n, scale, start, flip, size):
     """Where n output pixels look along one axis of an image of `size` pixels scaled by `scale`.
 
     Returns source positions (pixel centres at whole numbers), clamped to the image, and whether
@@ -74,21 +74,23 @@ def axis(n, scale, start, flip, size):
     return at.clip(0, size - 1), (at >= -0.5) & (at < size - 0.5)
 
 
-def plan(rng, size, a):
-    """For one image of `size` (H, W): the arguments of `axis`, for y and for x."""
-    scale = np.exp(rng.uniform(np.log(a.scale[0]), np.log(a.scale[1])))
-    flip = bool(a.flip and rng.random() < 0.5)
+def random_geometry(rng, size, augment):
+    """For one image of `size` (H, W): the arguments of `source_positions`, for y and for x."""
+    low, high = augment.scale
+    scale = np.exp(rng.uniform(np.log(low), np.log(high)))
+    flip = bool(augment.flip and rng.random() < 0.5)
     axes = []
     for d in (0, 1):
-        n, full = a.crop[d], size[d]
-        s = n / full if a.fit else scale
+        n, full = augment.crop[d], size[d]
+        s = n / full if augment.fit else scale
         room = round(full * s) - n  # what is cut off, or, if negative, padded
-        start = rng.integers(-2, 3) if a.fit else rng.integers(min(0, room), max(0, room) + 1)
+        low, high = (-2, 2) if augment.fit else (min(0, room), max(0, room))
+        start = rng.integers(low, high + 1)
         axes.append((n, s, int(start), flip and d == 1, full))
     return axes
 
 
-def host_batch(split, step, batch_size, seed, a, rows):
+def host_batch(split, step, batch_size, seed, augment, rows):
     """Batch `step` as it travels: windows cut from the images, and where to look in them.
 
     rows: the slice of the batch that this process works on.
@@ -99,18 +101,19 @@ def host_batch(split, step, batch_size, seed, a, rows):
     for k in range(batch_size)[rows]:
         rng = np.random.default_rng([seed, 2, step * batch_size + k])  # the place in the stream
         image, label = split.pair(indices[k])
-        if a.fit:  # as eval.prepare does, with antialiasing
-            image = np.asarray(Image.fromarray(image).resize(a.crop[::-1], Image.BILINEAR))
-        item, window, looks = {"colour": colour_matrix(rng, a.colour)}, [], []
-        for d, (n, s, start, flip, full) in zip("yx", plan(rng, label.shape, a)):
-            at, inside = axis(n, 1, start, flip, n) if a.fit else axis(n, s, start, flip, full)
+        if augment.fit:  # as eval.prepare does, with antialiasing
+            image = np.asarray(Image.fromarray(image).resize(augment.crop[::-1], Image.BILINEAR))
+        item, window, labels_at = {"colour": colour_matrix(rng, augment.colour)}, [], []
+        for d, (n, s, start, flip, full) in zip("yx", random_geometry(rng, label.shape, augment)):
+            scale, size = (1, n) if augment.fit else (s, full)
+            at, inside = source_positions(n, scale, start, flip, size)
             low, high = int(at.min()), int(np.ceil(at.max())) + 1
             window.append(slice(low, high))
             item[d], item[f"{d}_inside"] = (at - low).astype(np.float32), inside
-            ratio = -(-n // a.label_stride) / n  # label pixels per image pixel
-            at, inside = axis(round(n * ratio), s * ratio, start * ratio, flip, full)
-            looks.append((np.floor(at + 0.5).astype(np.int64), inside))
-        (y, y_inside), (x, x_inside) = looks
+            ratio = -(-n // augment.label_stride) / n  # label pixels per image pixel
+            at, inside = source_positions(round(n * ratio), s * ratio, start * ratio, flip, full)
+            labels_at.append((np.floor(at + 0.5).astype(np.int64), inside))
+        (y, y_inside), (x, x_inside) = labels_at
         label = label[y].take(x, axis=1)  # (h, w), nearest; rows first: four times as fast
         label[~y_inside], label[:, ~x_inside] = IGNORE, IGNORE
         item["label"] = label
@@ -137,14 +140,14 @@ def device_batch(batch, device, mean, std):
     Positions outside the image are 0 after normalisation, and IGNORE in the label.
     """
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    images = normalise(look(batch), mean, std)
+    images = normalise(resample(batch), mean, std)
     inside = batch["y_inside"][:, None, :, None] & batch["x_inside"][:, None, None, :]
     images = (images * inside).contiguous(memory_format=torch.channels_last)
     return images, batch["label"]
 
 
-def look(batch):
-    """The windows of a batch, looked at in its places (y, x) through its colours: (B, 3, h, w)."""
+def resample(batch):
+    """The windows of a batch, sampled at its places (y, x), their colours changed: (B, 3, h, w)."""
     images = batch["image"].permute(0, 3, 1, 2).float() / 255  # channels-last (B, 3, H, W)
     (H, W), B = images.shape[2:], len(images)
     y, x = (2 * batch["y"] + 1) / H - 1, (2 * batch["x"] + 1) / W - 1  # grid_sample's coordinates

@@ -321,19 +321,20 @@ class CIRKD(nn.Module):
     Each term is a mean over pixels of KL(teacher || student) of softmax(cosines / 0.1):
 
         batch    to the pixels of every image of the batch; each net's own
-        pixels   to pixels of earlier images;  regions  to means of a class in an earlier image
+        pixels   to pixels of this and earlier images;  regions  to means of a class in one of these
 
     The last two look at pixels with a label, and compare both nets with what the teacher saw: the
     student's map goes through conv-BN-ReLU-conv to its channels. Each class has a queue of pixels
-    and one of regions, random at first (245 MB for 20 classes of a B2, saved with a run). An image
-    adds 16 random pixels of the class and their mean to them; about cirkd_*_contrast / K random
-    entries of each are compared with. A weight of 0 leaves its part out, and its queue.
+    and one of regions, random at first (245 MB for 20 classes of a B2, saved with a run). Before it
+    is compared, an image adds 16 random pixels of each class, and the mean of all of the class's;
+    about cirkd_*_contrast / K random entries of each queue are compared with. A weight of 0 leaves
+    its part out, and its queue.
 
-    Mended: the published code takes an index into a class's pixels for one into the image, so its
-    pixel queues hold other classes. cirkd_pool: batch first averages 2x2 pixels, as when CIRKD's
-    SegFormer table was made; other versions take 4 (the newest only on large maps). batch pairs
-    the images of one process, a single one with itself; the queues hold what process 0 sees (DDP
-    hands its buffers to all).
+    Fixed here: the published code takes an index into a class's pixels for one into the image, so
+    its pixel queues hold other classes. cirkd_pool: batch first averages 2x2 pixels, as when
+    CIRKD's SegFormer table was made; other versions take 4 (the newest only on large maps). batch
+    pairs the images of one process, a single one with itself; the queues hold what process 0 sees
+    (DDP hands its buffers to all), while the published code gathers those of all.
     """
 
     needs_teacher = needs_logits = True

@@ -69,7 +69,7 @@ def loader(args, batch_size, workers):
     return loop.load(batches, range(10**6), workers, torch.device(args.device))
 
 
-def nets(args, spec, lean=False, channels_last=False, compile=False):
+def build_step(args, spec, lean=False, channels_last=False, compile=False):
     """(learner, the teacher's look) of a training step, on the device."""
     torch.manual_seed(0)
     teacher = model.build(args.teacher, args.num_classes).eval()
@@ -102,7 +102,7 @@ def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
         model.keep_memory()
     dtype = how.pop("dtype", "float32")
     before = memory(args.device, "now")
-    learner, look = nets(args, spec, **how)
+    learner, look = build_step(args, spec, **how)
     wrapped = wrap(learner)
     groups = parameter_groups(learner, 0.01)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, fused="lean" in how)
@@ -149,8 +149,7 @@ def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
 def step_flops(args):
     """FLOPs an image of (the teacher's look, the whole step): 2 a multiply-accumulate.
 
-    Of what the lean step computes, and of none what it repeats: the backward pass of the student
-    and its adapters is twice their forward.
+    The products of the lean step, each once: backward is twice the forward of student and adapters.
     """
     with torch.device("meta"):
         teacher, student = (
@@ -232,9 +231,9 @@ def time_inference(args, net, size, batch, dtype="float32"):
 
 
 def bench_inference(args, peaks):
-    """Rows of (what, net, size, batch, seconds): by image area, by batch, by model."""
+    """Rows of (what, kind, size, batch, seconds): by image area, by batch, by model."""
     rows, (h, w) = [], args.size
-    names = dict.fromkeys((args.student, *args.models))
+    names = dict.fromkeys((*args.models, args.student))
     ours = {name: model.build(name, args.num_classes).eval() for name in names}
     student = ours[args.student]
     theirs = hugging_face(student, args.device)
@@ -399,7 +398,7 @@ def plot(rows, path):
         figure.savefig(tmp, format=Path(path).suffix[1:] or "png", dpi=100)
 
 
-def get_args():
+def get_args(argv=None):
     p = argparse.ArgumentParser(
         description="Time training steps, images, data and processes", allow_abbrev=False
     )
@@ -433,7 +432,7 @@ def get_args():
     p.add_argument("--device", default="cuda" if cuda else "cpu")
     p.add_argument("--json", help="write every number to this file")
     p.add_argument("--plot", help="draw the inference times into this file")
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 def check(args):
@@ -441,7 +440,8 @@ def check(args):
     device = model.get_device(args.device)
     native = model.has_native(device, "bfloat16")
     if args.variants is None:
-        slow = ["compile"] * (device.type == "cpu") + ["dtype"] * (not native)
+        slow = {"compile": device.type == "cpu", "dtype": not native}
+        slow = [how for how, is_slow in slow.items() if is_slow]
         args.variants = [name for name, how in VARIANTS.items() if not how.keys() & slow]
     args.dtypes = ["float32"]
     if native or any("dtype" in VARIANTS[name] for name in args.variants):
@@ -451,7 +451,7 @@ def check(args):
             raise UserError(f"unknown model '{name}': choose among {', '.join(model.MODELS)}")
     if min(args.size) < 64:
         raise UserError(f"--size {args.size[0]}x{args.size[1]}: 64x64 at least")
-    for name in ("batch_size", "num_classes", "seconds", *(["batches"] * bool(args.batches))):
+    for name in ("batch_size", "num_classes", "seconds", "batches"):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {values}: must be positive")

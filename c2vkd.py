@@ -21,7 +21,8 @@ from torch import nn
 import weights
 from distill import IGNORE, full_precision, gram_difference, valid_mean
 from files import UserError
-from model import resize, to_map, to_tokens
+from model import to_map, to_tokens
+from nets import resize
 
 
 def kl(student, teacher):

@@ -47,11 +47,14 @@ class Dataset:
 
 def colours(n):
     """n distinct colours: the bits of the class number dealt out to r, g, b, as PASCAL VOC does."""
-    bits = [[(c >> (3 * i + k)) & 1 for i in range(3)] for c in range(1, n + 1) for k in range(3)]
-    return tuple(
-        tuple(sum(b << (7 - i) for i, b in enumerate(bits[3 * c + k])) for k in range(3))
-        for c in range(n)
-    )
+    palette = []
+    for c in range(1, n + 1):
+        rgb = [0, 0, 0]
+        for i in range(3):
+            for k in range(3):
+                rgb[k] |= ((c >> (3 * i + k)) & 1) << (7 - i)
+        palette.append(tuple(rgb))
+    return tuple(palette)
 
 
 VOC_COLOURS = ((0, 0, 0), *colours(20))

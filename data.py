@@ -250,7 +250,7 @@ def class_weights(split, num_classes):
 # the command
 
 
-def get_args():
+def get_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Look at a data set, or write one", allow_abbrev=False
     )
@@ -289,9 +289,13 @@ def get_args():
     )
     p.add_argument("--out-dir", required=True, help="pictures that are there are kept")
     p.set_defaults(run=prepare.convert_nyuv2)
-    return parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(args):
+    args.run(args)
 
 
 if __name__ == "__main__":
-    args = get_args()
-    cli(args.run, args)
+    cli_args = get_args()
+    cli(main, cli_args)

@@ -9,7 +9,7 @@ Segmentation", arXiv 2202.13393): what a student learns from a teacher beside th
     L = CE(logits, labels) + sum_i HCL(Fhat_i, F_i^T) + sum_i alpha_i MSE(P_i, E_i^T)
 
 A method is an nn.Module built from the channels of student and teacher and called as
-`method(student, teacher, images, labels)` with two `model.Output`s. It returns a dict of named,
+`method(student, teacher, images, labels)` with two `nets.Output`s. It returns a dict of named,
 weighted scalars for the loop to sum and log. Its parameters train with the student's and are thrown
 away after: the deployed student has none of them.
 """
@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from files import UserError
-from model import PatchEmbed, init_weights, resize
+from model import PatchEmbed, init_weights
+from nets import resize
 from parallel import process_mean, rank_and_world
 
 IGNORE = 255  # the label of pixels that no loss and no metric looks at
-CHUNK = 2**22  # logits at full size that the cross-entropy makes at a time, or one image's
+CHUNK = 2**22  # most full-size logits the cross-entropy makes at a time; one image's at least
 
 # ------------------------------------------------------------------------------------------------
 # losses: in float32, whatever the autocast, and means over what counts
@@ -48,15 +49,23 @@ def paper_weights(pixels):
     return (1 / torch.log(1.10 + pixels / pixels.sum().clamp(min=1))).float()
 
 
-def cross_entropy(logits, labels, class_weights=None):
-    """CE of logits (B, K, h, w), resized to the labels (B, H, W), over labels other than IGNORE.
-
-    With class_weights (K,) it is the weighted mean, sum(w_y * ce) / sum(w_y), as in torch.
-    """
-    weights = (labels != IGNORE).float()  # (B, H, W)
+def label_weights(labels, class_weights=None):
+    """What each pixel of labels (B, H, W) counts in the cross-entropy: 0 if it is IGNORE."""
+    weights = (labels != IGNORE).float()
     if class_weights is not None:
         weights = weights * class_weights[labels.long().clamp(max=len(class_weights) - 1)]
-    return ResizedCrossEntropy.apply(logits.float(), labels, weights) / valid_count(weights)
+    return weights
+
+
+def cross_entropy(logits, labels, class_weights=None, count=None):
+    """CE of logits (B, K, h, w), resized to the labels (B, H, W), over labels other than IGNORE.
+
+    With class_weights (K,) it is the weighted mean, sum(w_y * ce) / sum(w_y), as in torch. count:
+    what to divide by in place of sum(w_y).
+    """
+    weights = label_weights(labels, class_weights)
+    total = ResizedCrossEntropy.apply(logits.float(), labels, weights)
+    return total / (valid_count(weights) if count is None else count)
 
 
 class ResizedCrossEntropy(torch.autograd.Function):
@@ -98,7 +107,7 @@ def resize_adjoint(x, shape):
 
 
 def hcl(student, teacher):
-    """Hierarchical context loss of two maps (B, C, H, W) (Chen et al., "Knowledge Review", eq. 7).
+    """Hierarchical context loss of two maps (B, C, H, W) (Chen et al., "Knowledge Review").
 
     MSE at full size and after pooling to 4x4, 2x2 and 1x1, with weights 1, 1/2, 1/4, 1/8, divided
     by their sum. A level not below the map's height is left out and does not halve the weight.
@@ -114,7 +123,7 @@ def hcl(student, teacher):
 
 
 def cwd(student, teacher, T=1.0):
-    """Channel-wise distillation of two maps (B, C, H, W) (Shu et al., ICCV 2021, eq. 3).
+    """Channel-wise distillation of two maps (B, C, H, W) (Shu et al., ICCV 2021).
 
     T^2 * KL(teacher || student) of the softmax over positions, averaged over B and C.
     """
@@ -152,6 +161,7 @@ def gram_difference(a, b):
 
 
 FEATURE_LOSSES = {"hcl": hcl, "cwd": cwd, "none": None}
+ALPHA = (0.1, 0.1, 0.5, 1.0)  # weights of the four stages' embeddings, as released
 EMBED_STAGES = {"all": (0, 1, 2, 3), "none": (), "1": (0,), "2": (1,), "3": (2,), "4": (3,)}
 
 # ------------------------------------------------------------------------------------------------
@@ -165,7 +175,7 @@ def conv_bn(c_in, c_out, kernel):
 
 
 class CrossSelectiveFusion(nn.Module):
-    """CSF (TransKD, section 3.2). Student maps (B, c_i, H_i, W_i) -> (B, C_i, H_i, W_i).
+    """CSF, of TransKD. Student maps (B, c_i, H_i, W_i) -> (B, C_i, H_i, W_i).
 
         x_i = BN(Conv1x1(F_i))                               64 channels
         m_4 = x_4;  r = upsample(m_{i+1})                    nearest, for i = 3, 2, 1
@@ -224,7 +234,7 @@ class CrossSelectiveFusion(nn.Module):
 
 
 class GLMixer(nn.Module):
-    """Global-Local context Mixer (TransKD, section 3.4): tokens (B, N, C) -> (B, N, C).
+    """Global-Local context Mixer, of TransKD-GL: tokens (B, N, C) -> (B, N, C).
 
         E' = w_a * MHSA(E) + w_c * (Conv(E) * sigmoid(Conv(E)))      8 heads; Conv1d, 3 tokens wide
 
@@ -255,10 +265,10 @@ class GLMixer(nn.Module):
 
 
 class PatchEmbeddingAlignment(nn.Module):
-    """PEA (TransKD, section 3.3): student embeddings (B, N_i, c_i) -> (B, N_i, C_i), by a Linear.
+    """PEA, of TransKD: student embeddings (B, N_i, c_i) -> (B, N_i, C_i), by a Linear.
 
     variant="gl": at stage 4 the GL-Mixer comes first.
-    variant="ea": the Embedding Assistant (section 3.5), a second patch embedding with the teacher's
+    variant="ea": the Embedding Assistant, a second patch embedding with the teacher's
     channels, looks at what the student's own sees (the image, then the map of the stage before):
         P_i = u_i * Linear_i(E_i) + v_i * EA_i(input_i),   u = .1 .2 .3 .4, v = .5 .6 .7 .8 at first
     """
@@ -321,7 +331,7 @@ class TransKD(nn.Module):
     """TransKD-Base, -GL or -EA (variant "base", "gl", "ea"): CSF with HCL, plus PEA with MSE.
 
     feature_loss: "hcl" or, in its place, "cwd"; "none" leaves CSF out (PEA alone).
-    embed: "all" stages with weights alpha, one stage "1".."4" with weight 1, "none" (CSF alone).
+    embed: "all" stages with weights ALPHA, one stage "1".."4" with weight 1, "none" (CSF alone).
     feature_weight, embed_weight: factors on the two sums; 1 in the paper.
 
     A CNN's maps are brought to the student's grids (`to_grid`); it has no patch embeddings, so
@@ -338,7 +348,6 @@ class TransKD(nn.Module):
         csf_norm="none",
         feature_loss="hcl",
         embed="all",
-        embed_alpha=(0.1, 0.1, 0.5, 1.0),
         feature_weight=1.0,
         embed_weight=1.0,
         gl_init=0.5,
@@ -365,7 +374,7 @@ class TransKD(nn.Module):
                 f"transkd-{variant}: a CNN teacher has no patch embeddings to align with; "
                 "--method transkd-base --embed none distils its feature maps alone"
             )
-        self.alpha = tuple(embed_alpha) if embed == "all" else (1.0,)
+        self.alpha = ALPHA if embed == "all" else (1.0,)
         self.csf = self.pea = None
         if self.feature_loss:
             self.csf = CrossSelectiveFusion(student_channels, teacher_channels, csf_norm)

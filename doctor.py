@@ -19,8 +19,15 @@ from catalog import files_in, in_parallel, open_image
 from distill import IGNORE, paper_weights
 from files import UserError, some
 
-# what turns a picture upright, by its EXIF orientation
-TURNS = dict(zip(range(2, 9), [Image.Transpose(k) for k in (0, 3, 1, 5, 4, 6, 2)]))
+TURNS = {  # what turns a picture upright, by its EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # ------------------------------------------------------------------------------------------------
 # reading
@@ -200,7 +207,7 @@ def same_images(pairs):
 def same_as_in_val(split, pairs, digest):
     if isinstance(pairs[split][0], int):
         both = set(pairs[split]) & set(pairs["val"])
-        return [f"{len(both)} images are in {split} and in val: {min(both)} ..."] * bool(both)
+        return [f"{len(both)} images are in {split} and in val: {min(both)} ..."] if both else []
     train, val = ({pair[1]: pair[0] for pair in pairs[name]} for name in (split, "val"))
     found, both = [], sorted(train.keys() & val.keys())
     if both:

@@ -28,7 +28,7 @@ import model
 from augment import normalise
 from distill import IGNORE
 from files import UserError
-from model import resize
+from nets import resize
 from parallel import rank_and_world
 
 # ------------------------------------------------------------------------------------------------
@@ -341,7 +341,12 @@ def get_args(argv=None):
     p.add_argument("--split", default="val", help="val, train, or test if there is one")
     p.add_argument("--cache", choices=("on", "off"), default="on", help="decode the files once")
     p.add_argument("--cache-dir", help="where (default: .cache beside the data)")
-    p.add_argument("--protocol", choices=("full", "paper"), default="full", help="see evaluate()")
+    p.add_argument(
+        "--protocol",
+        choices=("full", "paper"),
+        default="full",
+        help="full: at the size of the labels, paper: at a quarter of it, as TransKD was released",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument(
         "--save-preds",

@@ -30,6 +30,7 @@ import weights
 from augment import normalise
 from distill import IGNORE
 from files import UserError
+from nets import resize
 
 MIN_SIDE = 64  # with less, a map is one pixel high, which torch.export takes for a case of its own
 TRACED = (2, 96, 160)  # (B, H, W) of the images that a graph is traced with
@@ -57,7 +58,7 @@ def compare(net, other, tolerance, mean_std=None):
         if mean_std:
             images = torch.randint(256, (B, H, W, 3), dtype=torch.uint8, generator=rng)
             x = normalise(images.permute(0, 3, 1, 2).float() / 255, *mean_std)
-            want = model.resize(net(x).logits, (H, W)).argmax(dim=1)
+            want = resize(net(x).logits, (H, W)).argmax(dim=1)
         else:
             images = torch.randn(B, 3, H, W, generator=rng)
             want = net(images).logits
@@ -75,7 +76,7 @@ def compare(net, other, tolerance, mean_std=None):
 # ------------------------------------------------------------------------------------------------
 # Hugging Face
 
-NAMES = (  # ours, theirs: those of the checkpoints on the hub, which every transformers reads
+RENAMES = (  # ours, theirs: those of the checkpoints on the hub, which every transformers reads
     (r"^encoder\.stages\.(\d)\.patch_embed", r"segformer.encoder.patch_embeddings.\1"),
     (r"(patch_embeddings\.\d)\.norm", r"\1.layer_norm"),
     (r"^encoder\.stages\.(\d)\.norm", r"segformer.encoder.layer_norm.\1"),
@@ -98,7 +99,7 @@ def hf_state(state):
     """A state dict of ours in Hugging Face's names, keys and values apart."""
     out = {}
     for name, tensor in state.items():
-        for ours, theirs in NAMES:
+        for ours, theirs in RENAMES:
             name = re.sub(ours, theirs, name)
         if ".attn.kv." in name:
             key, value = tensor.chunk(2)
@@ -191,7 +192,7 @@ class FoldedHead(nn.Module):
         first, *rest = features
         x = F.conv2d(first, self.weights[0], self.bias)  # (B, width, H/4, W/4)
         for feature, w in zip(rest, self.weights[1:]):
-            x = x + model.resize(F.conv2d(feature, w), first.shape[2:])
+            x = x + resize(F.conv2d(feature, w), first.shape[2:])
         return self.classifier(F.relu(x)), x
 
 
@@ -216,7 +217,7 @@ class Deployed(nn.Module):
         logits, _ = self.head(features)
         if not self.mask:
             return logits
-        return model.resize(logits, images.shape[2:]).argmax(dim=1).to(torch.uint8)
+        return resize(logits, images.shape[2:]).argmax(dim=1).to(torch.uint8)
 
 
 def trace(net, mean_std):
@@ -302,7 +303,7 @@ def staging(out):
             os.replace(path, out / path.name)
 
 
-def get_args():
+def get_args(argv=None):
     p = argparse.ArgumentParser(
         description="Write a checkpoint in a form that other programs open", allow_abbrev=False
     )
@@ -323,7 +324,7 @@ def get_args():
         "as decoders, PIL and NumPy hold them, so that no app transposes; ids (B, H, W), uint8. "
         "Without it: normalised float images (B, 3, H, W) to logits (B, K, H/4, W/4)",
     )
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 def main(args):

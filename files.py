@@ -35,7 +35,8 @@ def cli(main, args):
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError as e:
-        print(f"error: {str(e).splitlines()[0]} Try a smaller --batch-size.", file=sys.stderr)
+        words = "Try a smaller --batch-size, or in training --accumulate 2."
+        print(f"error: {str(e).splitlines()[0]} {words}", file=sys.stderr)
         sys.exit(2)
     except (UserError, OSError, MemoryError) as e:  # a full disk, a folder that is not ours
         print(f"error: {e}", file=sys.stderr)

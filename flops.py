@@ -34,7 +34,7 @@ def count(run):
 
 
 def measure(net, image, extra=None):
-    """Parameters and GMACs of a net on a meta image (1, 3, H, W), and of extra(output) with it."""
+    """GMACs of a net on a meta image (1, 3, H, W), and of extra(output) with it."""
 
     def run():
         out = net(image)
@@ -77,20 +77,21 @@ def rows(args):
             yield dict(name=label) | cost
 
 
-class Watched:
-    """An Output that remembers which of its fields were looked at."""
+class RecordedOutput:
+    """An Output that remembers which of its fields were read."""
 
     def __init__(self, out):
-        self.out, self.seen = out, []
+        self.out, self.fields = out, []
 
     def __getattr__(self, field):
-        self.seen += [] if field in self.seen else [field]
+        if field not in self.fields:
+            self.fields.append(field)
         return getattr(self.out, field)
 
 
 @cache
-def looked_at(name, num_classes, size):
-    """A teacher without data, and what it says of an image of size (H, W)."""
+def teacher_output(name, num_classes, size):
+    """A teacher on the meta device, and its output for an image of size (H, W)."""
     with torch.device("meta"):
         net = model.build(name, num_classes).eval()
         return net, net(torch.empty(1, 3, *size))
@@ -104,13 +105,13 @@ def with_method(spec, student, teacher, num_classes, size, **options):
     with torch.device("meta"):
         image = torch.empty(1, 3, *size)
         net = model.build(student, num_classes)
-        teacher, says = looked_at(teacher, num_classes, size)
+        teacher, output = teacher_output(teacher, num_classes, size)
         method = methods.build(spec, net, teacher, **options).eval()
         labels = torch.zeros(1, *size, dtype=torch.uint8)
-        seen = Watched(says)
-        cost = measure(net, image, lambda out: method(out, seen, image, labels))
+        recorded = RecordedOutput(output)
+        cost = measure(net, image, lambda out: method(out, recorded, image, labels))
     params = model.count_parameters(net) + model.count_parameters(method)
-    return dict(params=params) | cost, seen.seen
+    return dict(params=params) | cost, recorded.fields
 
 
 def print_methods(student, teacher, num_classes, size):
@@ -120,13 +121,13 @@ def print_methods(student, teacher, num_classes, size):
     print(f"{'':12s} {'+ params':>10s} {'+ GMACs':>8s}  {'of the teacher':20s}  paper")
     for name in methods.METHODS:
         try:
-            cost, seen = with_method(name, student, teacher, num_classes, size)
+            cost, read = with_method(name, student, teacher, num_classes, size)
         except files.UserError as e:
             print(f"{name:12s} {e}")
             continue
         gmacs = sum(cost[k] - own[k] for k in ("gmacs", "attention_gmacs"))
         params = cost["params"] - own["params"]
-        fields = ", ".join(seen) or "nothing"
+        fields = ", ".join(read) or "nothing"
         print(f"{name:12s} {params:10,d} {gmacs:8.2f}  {fields:20s}  {methods.PAPERS[name]}")
 
 
@@ -138,7 +139,7 @@ def size(text):
     return height, width
 
 
-def get_args():
+def get_args(argv=None):
     p = argparse.ArgumentParser(description="Count parameters and GMACs", allow_abbrev=False)
     p.add_argument("--model", nargs="+", default=["b0", "b2"], help=f"of {', '.join(model.NAMES)}")
     p.add_argument("--num-classes", type=int, default=19)
@@ -152,7 +153,7 @@ def get_args():
     p.add_argument("--latency", action="store_true", help="also time a forward pass at batch 1")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", action="store_true", help="print a JSON list")
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 def main(args):

@@ -144,7 +144,7 @@ def freeze(net, device):
     return net.eval().requires_grad_(False)
 
 
-def place(run, learner, lr, decay_everything=False):
+def trained_parts(run, learner, lr, decay_everything=False):
     """The parts of a stage that training changes: learner (on its device), optimizer, scaler.
 
     In several processes the learner's batch norms and drops become those of the whole batch.
@@ -160,13 +160,14 @@ def place(run, learner, lr, decay_everything=False):
     )
 
 
-def run_steps(run, stage, parts, batches, loss_terms, schedule, batch_size, score):
+def run_steps(run, stage, parts, batches, loss_terms, schedule, batch_size, score, count=None):
     """The steps of a stage, from the first or where run.state has it, to schedule["total"].
 
-    parts: what `place` returns and, if there is one, ema, a running average of learner.student;
-    batches: host batches by number, `accumulate` a step; loss_terms(learner, batch): dict of
-    scalars; score(net, step): for --eval-every. Returns the seconds that it took, of interrupted
-    runs together, scoring left out.
+    parts: what `trained_parts` returns and, if there is one, ema, a running average of
+    learner.student; batches: host batches by number, `accumulate` a step;
+    loss_terms(learner, batch): dict of scalars, with a last argument count(batches of a step) if
+    there is one; score(net, step): for --eval-every.
+    Returns the seconds that it took, of interrupted runs together, scoring left out.
     """
     args, total = run.args, schedule["total"]
     watch = Watch(run, stage, total, batch_size)
@@ -183,12 +184,13 @@ def run_steps(run, stage, parts, batches, loss_terms, schedule, batch_size, scor
         lr = learning_rate(step, **schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        for part in range(args.accumulate):
-            batch = next(batches)
+        micro = [next(batches) for _ in range(args.accumulate)]
+        counted = [count(micro)] if count else []
+        for part, batch in enumerate(micro):
             torch.manual_seed(hash((args.seed, step, part)))  # one for all processes, see Drop
             syncs = run.world == 1 or part == args.accumulate - 1
             with contextlib.nullcontext() if syncs else wrapped.no_sync():
-                terms = loss_terms(wrapped, batch)
+                terms = loss_terms(wrapped, batch, *counted)
                 scaler.scale(sum(terms.values()) / args.accumulate).backward()
             watch.add(step, terms)
         update(learner, optimizer, scaler, args.clip)
@@ -285,7 +287,10 @@ class Watch:
         self.told += time.time() - paused
 
     def due(self, step):
-        """Time for a line? Whatever this process says, all of them report when one does."""
+        """Whether it is time for a line: all processes report when one of them finds it is.
+
+        Also where `check` is asked: at every step on a CPU, which does not have to be waited for.
+        """
         if self.run.device.type == "cpu" or (step + 1) % 20 == 0:
             self.check()
         return time.time() - self.told >= self.run.args.log_every or step + 1 == self.total

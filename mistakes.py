@@ -173,9 +173,10 @@ def is_void(counts, dataset):
 
 
 def is_soft(seen, dataset):
-    """Many edges have a pixel in between; in noise, other narrow pixels are twice as many as these.
+    """Whether many edges go through a value in between, as interpolation leaves them.
 
-    That does not matter if they have no class.
+    Noise makes single odd pixels of other values too: there must be few of those, or many of the
+    values in between must have no class.
     """
     steps, strange = seen.between.sum(), seen.between[dataset.table < 0].sum()
     no_noise = steps > 0.4 * seen.narrow or strange > 0.3 * steps
@@ -183,7 +184,7 @@ def is_soft(seen, dataset):
 
 
 def interpolated(files, dataset):
-    """Soft edges that are no outline: one or two classes that are hardly anywhere else."""
+    """Soft labels, unless what is in between are one or two thin classes: a drawn outline."""
     soft = [seen for seen in files if is_soft(seen, dataset)]
     if not soft or len(soft) < 0.05 * len(files):
         return None

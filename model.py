@@ -336,7 +336,8 @@ def keep_memory():
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         mmap_threshold, trim_threshold = -3, -1  # as malloc.h numbers them
-        libc.mallopt(mmap_threshold, 2**31 - 1) or libc.mallopt(mmap_threshold, 2**25)  # old glibc
+        if not libc.mallopt(mmap_threshold, 2**31 - 1):  # an old glibc
+            libc.mallopt(mmap_threshold, 2**25)
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 

@@ -6,7 +6,7 @@ The other transformers that TransKD was tried on, of model.py's blocks: PVTv2 an
              2112.10809: two attentions of its own, under the SegFormer head
 
 `model.build("pvt_v2_b0", K)` and `model.build("lvt", K)` make them. They are called as SegFormer is
-and give the same `model.Output`, but for two things, as TransKD's authors released them: PVTv2's
+and give the same `nets.Output`, but for two things, as TransKD's authors released them: PVTv2's
 `decoded` is the sum of its head's four branches, each of which ends in a ReLU, and none follows it;
 LVT's features have no LayerNorm, and its embeddings are those before theirs.
 """
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import model
-from model import resize, to_map, to_tokens
+from model import to_map, to_tokens
+from nets import Drop, resize
 
 # ------------------------------------------------------------------------------------------------
 # PVTv2
@@ -50,7 +51,7 @@ class SemanticFPNHead(nn.Module):
             for i in range(4)
         )
         self.apply(model.init_weights)
-        self.drop = model.Drop(dropout, dims=2)
+        self.drop = Drop(dropout, dims=2)
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, features):

@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from model import Drop, get_device
+from model import get_device
+from nets import Drop
 
 
 def rank_and_world():
@@ -38,9 +39,9 @@ def stop():
 
 
 def spare_cores():
-    """How many processes may prepare this one's batches: two cores stay free, one does in any case.
+    """How many worker processes may prepare this process's batches: 1 to 16.
 
-    Cores are shared between the processes of torchrun on this machine; more than 16 help nobody.
+    All cores but two, shared between the processes of torchrun on this machine.
     """
     here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     share = (len(here) - 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -148,7 +149,7 @@ def wrap(module, device):
     if not dist.is_initialized():
         return module
     for p in module.parameters():
-        if p.shape[2:] == (1, 1):  # the gradient's strides, of which channels-last is one more name
+        if p.shape[2:] == (1, 1):  # channels-last writes the same strides as its gradient otherwise
             p.data = p.data.flatten(1)[:, :, None, None]
     ids = [device] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(module, device_ids=ids)

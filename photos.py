@@ -207,8 +207,8 @@ def host_batch(photos, step, batch_size, seed, a, rows):
         image = photos.image(indices[k])
         top, left, h, w = window(rng, *image.shape[:2], a.area)
         flip = rng.random() < 0.5
-        y, _ = augment.axis(a.size, a.size / h, 0, False, h)
-        x, _ = augment.axis(a.size, a.size / w, 0, flip, w)
+        y, _ = augment.source_positions(a.size, a.size / h, 0, False, h)
+        x, _ = augment.source_positions(a.size, a.size / w, 0, flip, w)
         colour = augment.colour_matrix(rng, a.colour)
         share, box = mixture(rng, a.size, a.mixup, a.cutmix)
         items.append(
@@ -231,7 +231,7 @@ def device_batch(batch, device, num_classes, mixed=False):
     mixed: photos are mixed with their neighbours, the first with the second and so on.
     """
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    images = augment.normalise(augment.look(batch), IMAGENET_MEAN, IMAGENET_STD)
+    images = augment.normalise(augment.resample(batch), IMAGENET_MEAN, IMAGENET_STD)
     targets = F.one_hot(batch["label"], num_classes).float()
     if mixed:
         at = torch.arange(images.shape[2], device=images.device)

@@ -77,8 +77,12 @@ def get_args(argv=None):
         help="shorter side to which larger photos are shrunk when read: windows are cut from "
         "these, and what is scored is their middle (8/7 of --size)",
     )
-    p.add_argument("--patch", type=int, help="of a ViT, in pixels (16; 8 for a --size below 128)")
-    p.add_argument("--drop-path", type=float, help="stochastic depth, not of a ViT (0.1; lvt: 0)")
+    p.add_argument(
+        "--patch", type=int, help="of a ViT, in pixels (default: 16; 8 for a --size below 128)"
+    )
+    p.add_argument(
+        "--drop-path", type=float, help="stochastic depth, not of a ViT (default: 0.1; lvt: 0)"
+    )
     # distillation
     p.add_argument("--teacher", help="an encoder.pt: a classifier of the same classes teaches")
     p.add_argument("--method", default="none", help=f"of distillation: {', '.join(WEIGHTS)}")
@@ -87,16 +91,20 @@ def get_args(argv=None):
     )
     methods.add_flags(p, FLAGS)
     # how long, how fast
-    p.add_argument("--epochs", type=float, help="through the training photos (100)")
+    p.add_argument("--epochs", type=float, help="through the training photos (default: 100)")
     p.add_argument("--max-iters", type=int, help="steps, in place of --epochs")
     p.add_argument("--batch-size", type=int, default=256, help="photos a step, of all processes")
-    p.add_argument("--accumulate", type=int, default=1, help="parts of a batch that is too big")
-    p.add_argument("--lr", type=float, help="peak learning rate (5e-4 * batch size / 512, as DeiT)")
+    p.add_argument(
+        "--accumulate", type=int, default=1, help="take a batch in N parts, if it does not fit"
+    )
+    p.add_argument(
+        "--lr", type=float, help="peak learning rate (default: 5e-4 * batch size / 512, as DeiT)"
+    )
     p.add_argument("--warmup", type=float, default=0.05, help="share of the steps it rises in")
     p.add_argument("--decay", choices=("cosine", "linear"), default="cosine", help="of the rate")
     p.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
-    p.add_argument("--label-smoothing", type=float, help="of the cross-entropy (0.1)")
+    p.add_argument("--label-smoothing", type=float, help="of the cross-entropy (default: 0.1)")
     # augmentation
     p.add_argument(
         "--area",
@@ -233,7 +241,7 @@ def train_classifier(run, net, teacher, train, val):
     args = run.args
     method = build_method(args, net, teacher)
     learner = Learner(net, method, args.ce_weight, args.label_smoothing)
-    parts = loop.place(run, learner, args.lr)
+    parts = loop.trained_parts(run, learner, args.lr)
     known = model.IMAGENET_MEAN, model.IMAGENET_STD
     facts = dict(mean=known[0], std=known[1], void=None)
     looks = Teacher(teacher, facts, *known, method.needs_logits) if teacher else None

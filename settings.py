@@ -49,7 +49,7 @@ DEFAULTS = {
 # TransKD as released. Beyond these flags: whole images, resized to a shorter side of 512, flipped
 # and shifted by up to 2 pixels; weight decay on everything; lr * (1 - epoch / 1500), 1000 epochs.
 PAPER = dict(batch_size=2, teacher_batch_size=8, lr=6e-5, warmup=0.0, clip=0.0, colour=0.0)
-PAPER |= dict(class_weights="paper", csf_norm="batch", protocol="paper")
+PAPER |= dict(class_weights="paper", csf_norm="batch", protocol="paper", dtype="float32")
 PAPER |= dict(label_stride=4, normalise="none")
 # where there are ImageNet weights, on the hub or in torchvision
 IMAGENET = {f"b{n}": f"nvidia/mit-b{n}" for n in range(6)} | cnn.MODELS
@@ -87,7 +87,7 @@ def get_args(argv=None):
     p.add_argument("--student", help=f"one of {', '.join(model.MODELS)}")
     p.add_argument(
         "--teacher",
-        help=f"likewise, or {', '.join(cnn.MODELS)}; one that finds what the student would not",
+        help=f"likewise, or {', '.join(cnn.MODELS)}; it should know clearly more than the student",
     )
     p.add_argument(
         "--teacher-ckpt",
@@ -107,7 +107,9 @@ def get_args(argv=None):
         "--method", default="transkd-base", help=f"{', '.join(methods.METHODS)}; a+b; list"
     )
     p.add_argument("--alone", action=yes_or_no, help="also train the student by itself")
-    p.add_argument("--student-images", type=int, help="only N of the training images (all)")
+    p.add_argument(
+        "--student-images", type=int, help="only N of the training images (default: all)"
+    )
     p.add_argument(
         "--student-labels",
         type=int,
@@ -120,7 +122,13 @@ def get_args(argv=None):
         help="a split from whose images the student learns likewise, whether it has labels or not: "
         "of a folder, unlabelled (D/unlabelled.txt)",
     )
-    p.add_argument("--recipe", choices=("default", "paper"), default="default", help="see PAPER")
+    p.add_argument(
+        "--recipe",
+        choices=("default", "paper"),
+        default="default",
+        help="paper: as TransKD was released, small batches and whole images, slow; see PAPER in "
+        "settings.py",
+    )
     methods.add_flags(p)
     add_training_flags(p)
     add_run_flags(p)
@@ -133,15 +141,24 @@ def add_training_flags(p):
     p.add_argument("--teacher-iters", type=int, help="steps of the teacher, if fewer")
     p.add_argument("--batch-size", type=int, help="images a step, of all processes together")
     p.add_argument("--teacher-batch-size", type=int, help="likewise, for the teacher")
-    p.add_argument("--accumulate", type=int, default=1, help="parts of a batch that is too big")
+    p.add_argument(
+        "--accumulate", type=int, default=1, help="take a batch in N parts, if it does not fit"
+    )
     p.add_argument("--lr", type=float, help="peak learning rate; 6e-5 suits pre-trained weights")
     p.add_argument(
-        "--teacher-lr", type=float, help=f"(--lr; from weights {FINE_TUNING_LR} at most)"
+        "--teacher-lr",
+        type=float,
+        help=f"likewise, for the teacher (default: --lr; from weights {FINE_TUNING_LR} at most)",
     )
     p.add_argument("--warmup", type=float, help="share of the steps in which the rate rises")
-    p.add_argument("--weight-decay", type=float, help="of AdamW")
+    p.add_argument("--weight-decay", type=float, help="of AdamW, on matrices")
     p.add_argument("--clip", type=float, help="largest gradient norm; 0: no clipping")
-    p.add_argument("--ema", type=float, default=0.0, help="keep a running average, e.g. 0.999")
+    p.add_argument(
+        "--ema",
+        type=float,
+        default=0.0,
+        help="score and keep a running average of the weights, e.g. of 0.999",
+    )
     p.add_argument(
         "--class-weights",
         choices=("none", "paper"),
@@ -154,24 +171,39 @@ def add_training_flags(p):
     p.add_argument("--colour", type=float, help="strength of the colour changes; 0: none")
     p.add_argument("--label-stride", type=int, help="labels, and their loss, at 1/N of the size")
     p.add_argument("--normalise", choices=("imagenet", "none"), help="none: RGB in [0, 1]")
-    p.add_argument("--protocol", choices=("full", "paper"), help="of scoring, see eval.py")
+    p.add_argument(
+        "--protocol",
+        choices=("full", "paper"),
+        help="of scoring; full: at the size of the labels, paper: at a quarter of it, as TransKD "
+        "was released",
+    )
 
 
 def add_run_flags(p, eval_batch_size=8):
     """Where a run lives, on what it runs, and what it tells."""
     yes_or_no = argparse.BooleanOptionalAction
-    p.add_argument("--out-dir", help="(out/DATASET-STUDENT-METHOD)")
+    p.add_argument("--out-dir", help="a new folder (default: in out/, named by what is trained)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
     p.add_argument("--cache", choices=("on", "off"), default="on", help="decode the files once")
-    p.add_argument("--cache-dir", help="where to (.cache beside the data)")
-    p.add_argument("--cache-gb", type=float, help="no larger cache than this (half the free disk)")
+    p.add_argument("--cache-dir", help="where to (default: .cache beside the data)")
+    p.add_argument(
+        "--cache-gb", type=float, help="no larger cache than this (default: half the free disk)"
+    )
     p.add_argument("--workers", type=int, help="processes that prepare batches; 0: the main one")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of autocast")
+    p.add_argument("--seed", type=int, default=0, help="of weights, batches and drops alike")
+    p.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N, cpu"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of autocast (default: what suits the device)",
+    )
     p.add_argument("--compile", action=yes_or_no, default=False, help="torch.compile the training")
     p.add_argument("--eval-every", type=int, default=0, help="also score every N steps")
-    p.add_argument("--eval-batch-size", type=int, default=eval_batch_size)
+    p.add_argument(
+        "--eval-batch-size", type=int, default=eval_batch_size, help="images of a size at a time"
+    )
     p.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
     p.add_argument("--log-every", type=float, default=5, help="seconds between lines")
 

@@ -21,12 +21,24 @@ class Learner(nn.Module):
         self.student, self.method = student, method
         self.register_buffer("class_weights", class_weights, persistent=False)
 
-    def forward(self, images, labels, seen):
+    def forward(self, images, labels, seen, count=None):
+        """count: of the cross-entropy, see `mean_count`; the dict of terms."""
         out = self.student(images)
         terms = {}
         if not getattr(self.method, "replaces_ce", False):
-            terms["ce"] = distill.cross_entropy(out.logits, labels, self.class_weights)
+            terms["ce"] = distill.cross_entropy(out.logits, labels, self.class_weights, count)
         return terms | self.method(out, seen, images, labels)
+
+
+def mean_count(labels, class_weights, device):
+    """What the labels of a part of a batch count in the cross-entropy, the mean over the parts.
+
+    labels: a tensor (B, H, W) a part. Divided by this and not each by its own count, the parts of
+    --accumulate add up to the batch, however unequal the labels that they have. (Cross-entropy
+    only: batch norms, and terms of methods that look at labels, go by part.)
+    """
+    counts = [distill.label_weights(y.to(device), class_weights).sum() for y in labels]
+    return distill.valid_count(torch.stack(counts) / len(counts))
 
 
 class Teacher(nn.Module):
@@ -38,14 +50,14 @@ class Teacher(nn.Module):
     def __init__(self, net, facts, mean, std, needs_logits=False):
         super().__init__()
         self.net, self.void, self.needs_logits = net, facts["void"], needs_logits
-        self.other = (mean, std, facts["mean"], facts["std"])
+        self.renormalise = (mean, std, facts["mean"], facts["std"])
         if (mean, std) == (facts["mean"], facts["std"]):
-            self.other = None
+            self.renormalise = None
 
     @torch.no_grad()
     def forward(self, images):
-        if self.other:
-            mean, std, own_mean, own_std = self.other
+        if self.renormalise:
+            mean, std, own_mean, own_std = self.renormalise
             mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
             images = augment.normalise(images * std + mean, own_mean, own_std)  # by way of [0, 1]
         out = self.net(images, head=self.needs_logits)

@@ -76,7 +76,8 @@ def plan_jobs(args):
     for who in ("teacher", "student"):
         encoder = encoder_job(plan, args, plan[who])
         inits[f"{who}_init"] = getattr(args, f"{who}_init") or str(encoder.folder / "encoder.pt")
-        jobs += [encoder] * (not getattr(args, f"{who}_init"))
+        if not getattr(args, f"{who}_init"):
+            jobs.append(encoder)
     for dataset in plan["data"]:
         jobs += dataset_jobs(plan, args, dataset, places.get(dataset), inits)
     for (teacher, student), flags in plan["pairs"].items():
@@ -118,8 +119,9 @@ def classifier_jobs(plan, args, teacher, student, shared):
     shared = f"{classifier_flags(plan, student)} {shared}"
     for seed in range(plan["seeds"]["photos"]):
         for row, how in CLASSIFIERS.items():
-            flags, needs = f"--seed {seed} {how}", [first.made] * ("--method" in how)
-            if needs:
+            flags, needs = f"--seed {seed} {how}", []
+            if "--method" in how:
+                needs = [first.made]
                 flags += f" --teacher {first.folder / 'encoder.pt'}"
             folder = Path(args.out_dir) / "photos" / slug(f"{pair} {row}") / str(seed)
             argv, own = merged("pretrain.py", shared, flags), where(args, args.photos, folder)
@@ -143,12 +145,13 @@ def dataset_jobs(plan, args, dataset, place, inits):
     for group in ROWS:
         for seed in range(plan["seeds"][group]):
             for row, flags in ROWS[group].items():
-                needs = ours["student_init"] * ("{student_init}" in flags)
+                needs = ours["student_init"] if "{student_init}" in flags else []
                 flags = f"{sizes['student']} {flags}".format(**sizes, **inits)
                 if "--method none" not in flags:
                     flags += f" --teacher-ckpt {teacher.folder / 'student.pt'}"
                     needs = [*needs, teacher.made]
-                flags += f" --eval-every {sizes['every']}" * (row in CURVES and sizes["every"] > 0)
+                if row in CURVES and sizes["every"]:
+                    flags += f" --eval-every {sizes['every']}"
                 flags += f" {plan.get('also', {}).get(row, '')}"
                 folder, row = out / slug(f"{group} {row}") / str(seed), (dataset, group, row, seed)
                 flags = f"--student {plan['student']} {flags} --seed {seed}"
@@ -171,7 +174,7 @@ def where(args, data_dir, folder=None):
     flags = dict(data_dir=data_dir, cache_dir=args.cache_dir, device=args.device)
     flags |= dict(out_dir=folder and str(folder))
     words = [w for k, v in flags.items() if v for w in ("--" + k.replace("_", "-"), v)]
-    return words + ["--resume"] * bool(folder)
+    return [*words, "--resume"] if folder else words
 
 
 def slug(title):

@@ -41,7 +41,7 @@ from settings import (
     get_args,
     resolve,
 )
-from step import Learner, Teacher
+from step import Learner, Teacher, mean_count
 
 # ------------------------------------------------------------------------------------------------
 # a run: what its stages share
@@ -50,10 +50,10 @@ from step import Learner, Teacher
 @dataclasses.dataclass(kw_only=True)
 class Run(loop.Run):
     dataset: catalog.Dataset
-    train: object  # the splits: data.Packed or data.Files; the teacher's training images,
-    few: object  # the student's, which may be fewer,
-    unlabelled: object  # and others without labels, or (),
-    val: object  # and those that score both
+    train: object  # what the teacher learns from; a split, data.Packed or data.Files, as all four
+    few: object  # what the student learns from: the same, or --student-images of it
+    unlabelled: object  # the split of --unlabelled, or ()
+    val: object  # what scores both
     augment: augment.Augment
     facts: dict  # what goes into every checkpoint beside the weights
 
@@ -83,8 +83,8 @@ def open_run(args):
     if args.max_iters is None:  # the paper's recipe
         n = args.student_images or len(train)
         args.max_iters = PAPER_EPOCHS * math.ceil(n / args.batch_size)
-        shorter = PAPER_EPOCHS * math.ceil(len(train) / args.teacher_batch_size)
-        args.teacher_iters = args.teacher_iters or shorter
+        teacher_iters = PAPER_EPOCHS * math.ceil(len(train) / args.teacher_batch_size)
+        args.teacher_iters = args.teacher_iters or teacher_iters
     args.teacher_iters = min(args.teacher_iters or args.max_iters, args.max_iters)
     height, width = train.image(0).shape[:2]
     whiten = args.normalise == "imagenet"
@@ -141,7 +141,7 @@ def run_stage(run, stage, name, method="none", teacher=None):
         run.print(note)
     extra = model.count_parameters(method)
     of = len(run.images(stage))
-    adapters = f", {extra:,} more parameters to train" * (extra > 0)
+    adapters = f", {extra:,} more parameters to train" if extra else ""
     run.print(f"{iters} steps of {batch_size}, from {of} images{adapters}")
     lr = args.teacher_lr if is_teacher else args.lr
     lr = lr or (args.lr if init == "scratch" else min(args.lr, FINE_TUNING_LR))
@@ -216,7 +216,7 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
     paper = args.recipe == "paper"
     weights = None if getattr(method, "replaces_ce", False) else class_weights(run, split)
     learner = Learner(net, method, weights)
-    parts = loop.place(run, learner, lr, decay_everything=paper)
+    parts = loop.trained_parts(run, learner, lr, decay_everything=paper)
     if args.ema:
         average = get_ema_multi_avg_fn(args.ema)
         parts["ema"] = AveragedModel(net, multi_avg_fn=average, use_buffers=True)
@@ -231,7 +231,13 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
     batches = make_batches(run, split, batch_size)
     terms = functools.partial(loss_terms, run, looks)
     scoring = functools.partial(score, run, stage, facts=run.facts)
-    seconds = loop.run_steps(run, stage, parts, batches, terms, schedule, batch_size, scoring)
+    steps = (batches, terms, schedule, batch_size, scoring)
+
+    def count(batches):
+        weights = parts["learner"].class_weights
+        return mean_count([batch["label"] for batch in batches], weights, run.device)
+
+    seconds = loop.run_steps(run, stage, parts, *steps, count if args.accumulate > 1 else None)
     return (parts["ema"].module if args.ema else net), seconds
 
 
@@ -241,12 +247,12 @@ def make_batches(run, split, batch_size):
     return augment.Batches(split, micro, run.args.seed, run.augment, run.rank, run.world)
 
 
-def loss_terms(run, teacher, learner, batch):
+def loss_terms(run, teacher, learner, batch, count=None):
     """Forward passes of teacher and student: the dict of loss terms."""
     facts = run.facts
     images, labels = augment.device_batch(batch, run.device, facts["mean"], facts["std"])
     with evaluation.autocast(run.device, run.args.dtype):
-        return learner(images, labels, teacher and teacher(images))
+        return learner(images, labels, teacher and teacher(images), count)
 
 
 def class_weights(run, split):
@@ -287,13 +293,15 @@ def report(run, nets):
             f"{shares[1]:>11s} {shares[2]:>13s} {loop.clock(r['seconds']):>8s}"
         )
     h, w = run.augment.crop
-    few = f"student from {len(run.few)} of {len(run.train)} training images"
-    few += f", labels of {run.args.student_labels}" * bool(run.args.student_labels)
-    few += f", and {len(run.unlabelled)} without labels" * bool(run.args.unlabelled)
-    told = run.args.student_images or run.args.student_labels or run.args.unlabelled
-    few = f"{few}; " * bool(told)
+    args, few = run.args, f"student from {len(run.few)} of {len(run.train)} training images"
+    if args.student_labels:
+        few += f", labels of {args.student_labels}"
+    if args.unlabelled:
+        few += f", and {len(run.unlabelled)} without labels"
+    if args.student_images or args.student_labels or args.unlabelled:
+        run.print(few)
     scored = f"{student['images']} val images, protocol {student['protocol']}"
-    run.print(f"{few}GMACs at {h}x{w}; {scored}")
+    run.print(f"GMACs at {h}x{w}; {scored}")
     pictures(run, nets, ["photo", "labels", *(titles[s] for s in run.results)])
     run.print(f"wrote student.pt (to deploy), metrics.json and samples.png to {run.out}")
 

@@ -99,7 +99,7 @@ def test_naive_and_lean_compute_the_same_step(method):
     labels = torch.randint(0, 3, (2, 64, 64), dtype=torch.uint8)
     results = []
     for how in ({}, dict(lean=True), dict(lean=True, channels_last=True)):
-        learner, look = bench.nets(options(), method, **how)
+        learner, look = bench.build_step(options(), method, **how)
         torch.manual_seed(1)
         terms = learner(images, labels, look(images))
         sum(terms.values()).backward()
@@ -112,14 +112,14 @@ def test_naive_and_lean_compute_the_same_step(method):
 
 def test_naive_keeps_what_lean_leaves_out():
     images = torch.randn(1, 3, 64, 64)
-    _, look = bench.nets(options(), "transkd-base")
+    _, look = bench.build_step(options(), "transkd-base")
     out = look(images)
     assert out.logits is not None and out.features[0].requires_grad
-    _, look = bench.nets(options(), "transkd-base", lean=True)
+    _, look = bench.build_step(options(), "transkd-base", lean=True)
     out = look(images)
     assert out.logits is None and not out.features[0].requires_grad
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        bench.nets(options(), "none")[0].student(images)
+        bench.build_step(options(), "none")[0].student(images)
     assert not any("scaled_dot" in str(op) for op in counter.get_flop_counts()["Global"])
 
 

@@ -273,6 +273,23 @@ def test_gl_mixer_follows_its_equation():
     assert torch.allclose(mixer(x), want + x, atol=1e-12)
 
 
+def test_weights_start_as_in_the_release():
+    """Standard deviations: He's by fan out for convs of SegFormer, uniform by fan in for CSF's."""
+    channels = model.build("b0", 3).channels
+    ea = build_method("transkd-ea", channels, (64, 128, 320, 512))
+    for i, assistant in enumerate(ea.pea.assistants):
+        fan_out = (49 if i == 0 else 9) * assistant.proj.out_channels
+        assert assistant.proj.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+        assert not assistant.proj.bias.any()
+    conv, _ = distill.conv_bn(64, 128, 3)
+    limit = (3 / (9 * 64)) ** 0.5
+    assert conv.weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.02)
+    assert 0.99 * limit < conv.weight.abs().max() <= limit
+    fuse = model.build("b0", 3).head.fuse
+    assert fuse.weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.02)
+    assert build_method("transkd-gl", channels, channels).pea.mixer.heads == 8
+
+
 def test_gl_mixer_is_at_stage_4_only():
     base = build_method("transkd-base", STUDENT, TEACHER)
     gl = build_method("transkd-gl", STUDENT, TEACHER)

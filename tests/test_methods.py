@@ -16,7 +16,7 @@ import model
 import train
 
 EVERY = [name for name in methods.METHODS if name != "none"]
-NOT_FLAGS = {"variant", "embed_alpha", "widths", "classes", "embeds"}
+NOT_FLAGS = {"variant", "widths", "classes", "embeds"}
 
 
 @pytest.fixture(scope="module")

@@ -462,7 +462,7 @@ def test_unpack_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 def run(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["data.py", *map(str, argv)])
     args = data.get_args()
-    args.run(args)
+    data.main(args)
 
 
 def offer(site, monkeypatch, name, **contents):

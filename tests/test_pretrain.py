@@ -98,7 +98,7 @@ def test_windows_are_torchvisions_resized_crops(tree, monkeypatch):
         colours += batch(split, photos.Crops(48), step=step)["colour"].tolist()
         boxes.clear()
         got = batch(split, photos.Crops(48, colour=0), step=step)
-        images = augment.look(got)
+        images = augment.resample(got)
         order = augment.sample_indices(step, 4, len(split), 0)
         for image, (top, left, h, w), i in zip(images, boxes, order):
             photo = torch.from_numpy(split.image(i).copy()).permute(2, 0, 1).float() / 255

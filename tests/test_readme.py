@@ -92,6 +92,15 @@ def test_command(place, line, monkeypatch):
         runpy.run_path(argv[0], run_name="__main__")
 
 
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_python(place, code, monkeypatch, capsys):
+    """After the commands, with what they left."""
+    (place / "snippet.py").write_text(code)
+    monkeypatch.chdir(place)
+    runpy.run_path("snippet.py")
+    assert "sky" in capsys.readouterr().out
+
+
 def test_files_are_all_in_the_table_and_none_is_invented():
     table = set(re.findall(r"^\| `(\w+\.py)`", README, re.M))
     assert table == {p.name for p in ROOT.glob("*.py")}

@@ -26,7 +26,7 @@ import model
 import train
 from files import UserError
 from settings import settings
-from step import Learner, Teacher, learning_rate, parameter_groups
+from step import Teacher, learning_rate, parameter_groups
 
 ROOT = Path(train.__file__).parent
 SMALL = "--student nano --teacher nano --crop-size 32 --batch-size 4 --max-iters 6".split()
@@ -249,26 +249,6 @@ def test_recipe_paper(folder, tmp_path):
     assert default.csf_norm is None  # not an option of kd
 
 
-def test_accumulation_is_the_batch_in_parts(folder):
-    """Gradients of a batch in two halves sum to the whole's, batch norm and drops apart."""
-    grads = []
-    for accumulate in (1, 2):
-        args = train.get_args(words(folder, folder / "o", "--accumulate", str(accumulate)))
-        train.resolve(args)
-        run_ = train.open_run(args)
-        torch.manual_seed(0)
-        net = model.build("nano", 3, drop_path=0, dropout=0).eval()
-        learner = Learner(net, methods.METHODS["none"](None, None))
-        batches = loop.load(
-            train.make_batches(run_, run_.train, 4), range(accumulate), 0, run_.device
-        )
-        for _ in range(accumulate):
-            terms = train.loss_terms(run_, None, learner, next(batches))
-            (sum(terms.values()) / accumulate).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
-    assert (grads[0] - grads[1]).norm() < 0.05 * grads[0].norm()  # the halves' valid pixels differ
-
-
 def test_few_labels(folder, tmp_path, capsys):
     """Of the images without labels the student learns by distillation, whatever is in their labels.
 
@@ -278,7 +258,7 @@ def test_few_labels(folder, tmp_path, capsys):
     ckpt = ["--teacher-ckpt", str(tmp_path / "teacher/student.pt")]
     few = ["--student-labels", "2"]
     run(folder, tmp_path / "a", *ckpt, *few, "--alone")
-    assert "student from 6 of 6 training images, labels of 2; " in capsys.readouterr().out
+    assert "student from 6 of 6 training images, labels of 2\n" in capsys.readouterr().out
     run(folder, tmp_path / "images", *ckpt, "--student-images", "2", "--alone")
     run(folder, tmp_path / "none", "--method", "none", *few)
     assert same(weights(tmp_path / "a", "alone.pt"), weights(tmp_path / "images", "alone.pt"))
@@ -302,7 +282,7 @@ def test_photos_without_labels(folder, tmp_path, capsys):
     ckpt = ["--teacher-ckpt", str(tmp_path / "teacher/student.pt")]
     more = [*ckpt, "--unlabelled", "unlabelled"]
     run(folder, tmp_path / "a", *more, "--alone")
-    assert "from 2 of 2 training images, and 4 without labels; " in capsys.readouterr().out
+    assert "from 2 of 2 training images, and 4 without labels\n" in capsys.readouterr().out
     assert same(weights(tmp_path / "a", "alone.pt"), weights(tmp_path / "teacher"))
     run(folder, tmp_path / "plain", *ckpt)
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "plain"))
@@ -459,10 +439,12 @@ train.main(train.get_args(sys.argv[1:]))
     assert same(weights(out), weights(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("method", ["transkd-base", "transkd-ea"])
-def test_two_processes_equal_one(folder, tmp_path, method):
+@pytest.mark.parametrize("method, accumulate", [("transkd-base", 1), ("transkd-ea", 2)])
+def test_two_processes_equal_one(folder, tmp_path, method, accumulate):
     """Labels with different numbers of ignored pixels, drops and batch norms included."""
     more = ["--method", method, "--max-iters", "4", "--alone", "--log-every", "0"]
+    if accumulate > 1:  # two images a part: larger maps, for batch norms of few values amplify
+        more += ["--accumulate", str(accumulate), "--crop-size", "64"]
     logs, metrics, logits = [], [], []
     images = torch.randn(2, 3, 64, 64)
     for out, n in (("one", 1), ("two", 2)):
