@@ -455,6 +455,13 @@ def check(args):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {values}: must be positive")
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: must not be negative")
+    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot {args.plot}: a file that ends in .png, .pdf or .svg")
+    for path in filter(None, (args.json, args.plot)):
+        if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
+            raise UserError(f"{path}: no file can be written there, is its folder there?")
     if args.plot and "inference" not in args.only:
         raise UserError("--plot draws what --only inference measures")
     if args.plot and not files.installed("matplotlib"):

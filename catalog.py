@@ -6,7 +6,7 @@ of (stem, image, label) files a split. Nothing after the table knows of void, ze
 """
 
 import dataclasses
-import time
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 import scenes
 from classes import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, COCO_STUFF_UNUSED, NYU40, VOC
 from distill import IGNORE
-from files import UserError, some
+from files import Progress, UserError, some
 from sources import SOURCES, how_to_get
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -92,10 +92,22 @@ def open_dataset(name, data_dir=None, **how):
 
 
 def check_classes(ckpt, net, facts, dataset):
-    """UserError if a checkpoint predicts another number of classes than the data set has."""
+    """UserError if a checkpoint predicts more, fewer or otherwise ordered classes than there are.
+
+    Names that differ may be another spelling: these are told.
+    """
     n = net.num_classes - (facts["void"] is not None)
     if n != len(dataset.classes):
         raise UserError(f"{ckpt} predicts {n} classes, {dataset.name} has {len(dataset.classes)}")
+    theirs, ours = facts["classes"] or dataset.classes, dataset.classes
+    plain = [[re.sub("[^a-z0-9]", "", name.lower()) for name in names] for names in (theirs, ours)]
+    other = [k for k in range(n) if plain[0][k] != plain[1][k]]
+    if other:
+        k = other[0]
+        words = f"its class {k} is '{theirs[k]}', that of {dataset.name} '{ours[k]}'"
+        if sorted(plain[0]) == sorted(plain[1]):
+            raise UserError(f"{ckpt} has these classes in another order: {words}")
+        print(f"!!! {ckpt}: {len(other)} of {n} classes have other names: {words}. Are they these?")
 
 
 def complete(facts, num_classes, dataset=None):
@@ -301,7 +313,7 @@ def read_lines(path):
     except FileNotFoundError:
         raise Missing(f"{path}: no such file (it lists the split's stems, one a line)") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file") from None
+        raise UserError(f"{path}: not a text file in UTF-8, save it as such") from None
 
 
 def read_classes(path):
@@ -336,7 +348,13 @@ def files_in(folder, suffixes=IMAGE_SUFFIXES):
     """stem -> path of the images in a folder."""
     if not folder.is_dir():
         raise Missing(f"{folder}: no such folder")
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes}
+    found = {}
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes):
+        if path.stem in found:
+            both = f"{found[path.stem].name} and {path.name}"
+            raise UserError(f"{folder}: {both} have the same stem, remove one of them")
+        found[path.stem] = path
+    return found
 
 
 def pair_up(images, labels, stems, source):
@@ -444,12 +462,8 @@ def fit_label(label, image, pair, table):
 
 def in_parallel(work, items, title):
     """work(item) of all items, by threads and in order, telling now and then how far it is."""
-    start = told = time.time()
+    progress = Progress(title, len(items))
     with ThreadPoolExecutor() as pool:
         for done in range(0, len(items), 32):  # a few at a time: memory stays small
-            now = time.time()
-            if done and now - told > 2:
-                left = (now - start) * (len(items) / done - 1)
-                print(f"{title}: {done}/{len(items)}, {left:.0f} s left", flush=True)
-                told = now
+            progress.at(done)
             yield from pool.map(work, items[done : done + 32])

@@ -102,7 +102,8 @@ class Selection:
 def evenly(split, n):
     """n indices of a split, evenly spaced: of a video, the whole of it at a lower frame rate."""
     if not 1 <= n <= len(split):
-        raise UserError(f"{n} images of a split that has {len(split)}")
+        flags = "--student-images or --student-labels"
+        raise UserError(f"{flags}: {n} images of a split that has {len(split)}")
     return np.linspace(0, len(split) - 1, n).round().astype(int)
 
 

@@ -362,6 +362,7 @@ class TransKD(nn.Module):
         refuse_idle(
             f"transkd-{variant}",
             (no_maps and no_tokens, "--feature-loss none --embed none"),
+            (feature_weight == embed_weight == 0, "--feature-weight 0 --embed-weight 0"),
             (no_maps and csf_norm != "none", "--csf-norm"),
             (no_maps and feature_weight != 1, "--feature-weight"),
             (no_tokens and embed_weight != 1, "--embed-weight"),

@@ -4,6 +4,7 @@ The label doctor: what is in a data set, and what is wrong with it, in words.
 Every file is read once, and little is kept of it (`Seen`); `mistakes.py` knows what is wrong.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -210,6 +211,11 @@ def same_as_in_val(split, pairs, digest):
         return [f"{len(both)} images are in {split} and in val: {min(both)} ..."] if both else []
     train, val = ({pair[1]: pair[0] for pair in pairs[name]} for name in (split, "val"))
     found, both = [], sorted(train.keys() & val.keys())
+    for name in (split, "val"):
+        counts = collections.Counter(pair[0] for pair in pairs[name])
+        again = sorted(stem for stem, count in counts.items() if count > 1)
+        if again:
+            found.append(f"{len(again)} images are in {name} more than once: {some(again)}")
     if both:
         found.append(f"{len(both)} images are in {split} and in val: {train[both[0]]} ...")
     sizes = {}

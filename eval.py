@@ -12,6 +12,7 @@ one confusion matrix of all pixels that are not IGNORE.
 import argparse
 import contextlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -204,6 +205,7 @@ def evaluate(
     names = sorted(set(parts or [""]))
     # of each part: the confusion matrix, then intersections and unions of the boundaries
     counts = torch.zeros(len(names), K + 2, K, dtype=torch.int64, device=device)
+    progress = files.Progress("scoring", len(split), every=math.inf if rank else 5.0)
     for indices, images in groups(split, range(rank, len(split), world), batch_size):
         labels = [split.label(i) for i in indices]
         if protocol == "paper":
@@ -223,6 +225,7 @@ def evaluate(
             part[K:] += boundary_counts(p[at], y[at], K)
         for i, ids in zip(indices, p.cpu().numpy() if save else ()):
             save(i, ids)
+        progress.at(indices[-1] + 1)
     net.train(training)
     if world > 1:
         dist.all_reduce(counts)
@@ -260,6 +263,8 @@ def overlay(image, ids, classes, palette):
     font, step = ImageFont.load_default(side), int(1.4 * side)
     found = [k for k in np.argsort(-np.bincount(ids.ravel(), minlength=256)) if (ids == k).any()]
     found = [k for k in found if k < len(classes)][: max(1, picture.height // step - 1)]
+    if not found:  # void all over
+        return picture
     width = max(draw.textlength(classes[k], font) for k in found) + 2.5 * side
     draw.rectangle((0, 0, width, step * len(found) + side // 2), fill=(0, 0, 0, 150))
     for row, k in enumerate(found):
@@ -285,6 +290,8 @@ def label_photos(net, facts, args, views):
         raise UserError(f"{source}: " + ("no photos in it" if source.is_dir() else "no such file"))
     if not args.out_dir:
         raise UserError("--image needs --out-dir, the folder for the pictures")
+    if source.resolve() == Path(args.out_dir).resolve():
+        raise UserError(f"--out-dir {args.out_dir}: its own photos; pass another folder")
     stems = [p.stem for p in paths]
     out = Path(args.out_dir)
     for k, path in enumerate(paths):
@@ -338,14 +345,14 @@ def get_args(argv=None):
         "--dataset", help=f"one of {', '.join(catalog.DATASETS)} (default: the run's own)"
     )
     p.add_argument("--data-dir", help="the folder that holds it")
-    p.add_argument("--split", default="val", help="val, train, or test if there is one")
+    p.add_argument("--split", help="val (the default), train, or test if there is one")
     p.add_argument("--cache", choices=("on", "off"), default="on", help="decode the files once")
     p.add_argument("--cache-dir", help="where (default: .cache beside the data)")
     p.add_argument(
         "--protocol",
         choices=("full", "paper"),
-        default="full",
-        help="full: at the size of the labels, paper: at a quarter of it, as TransKD was released",
+        help="full (the default): at the size of the labels; paper: at a quarter of it, as TransKD "
+        "was released",
     )
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument(
@@ -386,13 +393,18 @@ def main(args):
         raise UserError("--scales must be above 0 and up to 16, --batch-size at least 1")
     if args.short_side is not None and (args.short_side < 32 or not args.image):
         raise UserError("--short-side goes with --image, and is at least 32")
-    if args.image and (args.json or args.dataset or args.protocol != "full" or args.save_preds):
-        raise UserError("--image labels photos: --json, --dataset, ... are for scoring")
+    scoring = "json dataset data_dir split cache_dir protocol save_preds".split()
+    given = [name for name in scoring if getattr(args, name)]
+    if args.image and given:
+        raise UserError(f"--image labels photos: --{given[0].replace('_', '-')} is for scoring")
+    if args.out_dir and not args.image:
+        raise UserError("--out-dir goes with --image; --save-preds writes what is scored")
     if args.save_preds and args.protocol == "paper":
         raise UserError(
             "--save-preds goes with --protocol full: predictions at the labels' own size"
         )
     args.device = model.get_device(args.device)
+    args.split, args.protocol = args.split or "val", args.protocol or "full"
     model.keep_memory()
     views = dict(scales=args.scales, flip=args.flip, window=args.window)
     views["stride"] = args.stride or (args.window or 0) * 3 // 4

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 
 import torch
 
@@ -34,13 +35,30 @@ def cli(main, args):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except torch.OutOfMemoryError as e:
-        words = "Try a smaller --batch-size, or in training --accumulate 2."
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
+            raise
+        words = "Take smaller batches or images, or in training --accumulate 2."
         print(f"error: {str(e).splitlines()[0]} {words}", file=sys.stderr)
         sys.exit(2)
     except (UserError, OSError, MemoryError) as e:  # a full disk, a folder that is not ours
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+
+
+class Progress:
+    """Tells every few seconds how far a long job is, and when it will be done."""
+
+    def __init__(self, title, total, every=2.0):
+        self.title, self.total, self.every = title, total, every
+        self.start = self.told = time.time()
+
+    def at(self, done):
+        now = time.time()
+        if 0 < done < self.total and now - self.told > self.every:
+            left = (now - self.start) * (self.total / done - 1)
+            print(f"{self.title}: {done}/{self.total}, {left:.0f} s left", flush=True)
+            self.told = now
 
 
 @contextlib.contextmanager

@@ -141,14 +141,14 @@ def size(text):
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description="Count parameters and GMACs", allow_abbrev=False)
-    p.add_argument("--model", nargs="+", default=["b0", "b2"], help=f"of {', '.join(model.NAMES)}")
+    p.add_argument("--model", nargs="+", help=f"of {', '.join(model.NAMES)} (default: b0 b2)")
     p.add_argument("--num-classes", type=int, default=19)
     p.add_argument("--size", type=size, default="512x1024", help="HEIGHTxWIDTH of the image")
     p.add_argument(
         "--method",
         help="add a row for each student with this method's training wrapper; list: all methods",
     )
-    p.add_argument("--teacher", default="b2", help="the teacher of --method")
+    p.add_argument("--teacher", help="the teacher of --method (default: b2)")
     p.add_argument("--csf-norm", choices=("none", "batch"), help="as in train.py")
     p.add_argument("--latency", action="store_true", help="also time a forward pass at batch 1")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -158,9 +158,14 @@ def get_args(argv=None):
 
 def main(args):
     model.get_device(args.device)
-    if args.csf_norm and not args.method:
-        raise files.UserError("--csf-norm has no effect without --method")
+    for flag in ("csf_norm", "teacher"):
+        if getattr(args, flag) and not args.method:
+            raise files.UserError(f"--{flag.replace('_', '-')} has no effect without --method")
+    args.teacher = args.teacher or "b2"
+    args.model = args.model or (["b0"] if args.method == "list" else ["b0", "b2"])
     if args.method == "list":
+        if len(args.model) > 1 or args.csf_norm or args.latency or args.json:
+            raise files.UserError("--method list: a table of one --model, without other flags")
         return print_methods(args.model[0], args.teacher, args.num_classes, args.size)
     table = list(rows(args))
     if args.json:

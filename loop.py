@@ -41,6 +41,7 @@ class Run:
     world: int = 1
     results: dict = dataclasses.field(default_factory=dict)  # stage -> metrics, if finished
     inits: dict = dataclasses.field(default_factory=dict)  # stage -> what it started from
+    data: dict = dataclasses.field(default_factory=dict)  # what tells it from other data
     state: dict | None = None  # last.pt, while a stage is to be resumed
     signals: list = dataclasses.field(default_factory=list)  # that came in
 
@@ -73,8 +74,14 @@ def start(args, batch_sizes, results):
             )
     out = Path(args.out_dir)
     found = [f for f in ("last.pt", *results, "log.jsonl") if (out / f).exists()]
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out-dir {out}: a file, not a folder")
     if found and not args.resume:
         raise UserError(f"{out} holds a run ({found[0]}): pass --resume, or another --out-dir")
+    if "last.pt" not in found and results[-1] in found:
+        raise UserError(
+            f"{out} holds {results[-1]} but no last.pt to go on from: pass another --out-dir"
+        )
     return dict(out=out, device=device, rank=rank, world=world)
 
 
@@ -93,6 +100,13 @@ def resume(run):
         was = state["settings"].get(name)
         if was != now:
             raise UserError(f"--resume: --{name.replace('_', '-')} was {was}, now it is {now}")
+    for what, now in run.data.items():
+        was = state.get("data", run.data)[what]
+        if was != now:
+            was, now = (
+                f"{len(x)} ({files.some(x)})" if what == "classes" else x for x in (was, now)
+            )
+            raise UserError(f"--resume: the data are others: {what} was {was}, now it is {now}")
     run.results, run.inits = state["results"], state["inits"]
     run.state = state if state["stage"] else None
     if run.rank == 0 and log.exists():  # drop what came after the saved step
@@ -110,7 +124,7 @@ def save_state(run, stage=None, step=0, parts=None):
     """last.pt, all that --resume needs. parts: name -> object with a state_dict, within a stage."""
     if run.rank == 0:
         tree = dict(format="run-state-2", stage=stage, step=step, results=run.results)
-        tree |= dict(settings=settings(run.args), inits=run.inits)
+        tree |= dict(settings=settings(run.args), inits=run.inits, data=run.data)
         tree |= {name: part.state_dict() for name, part in (parts or {}).items()}
         files.save_tensors(run.out / "last.pt", tree)
 
@@ -272,7 +286,8 @@ class Watch:
             if step < math.inf:
                 raise UserError(
                     f"{self.stage}: the loss term '{name}' was not finite at step {int(step)}. Try "
-                    "a lower --lr or --dtype bfloat16 in a new --out-dir"
+                    "a lower --lr or --dtype bfloat16 in a new --out-dir; --teacher-ckpt takes a "
+                    "teacher that is trained"
                 )
 
     def seconds(self):

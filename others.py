@@ -133,6 +133,8 @@ class RecursiveAtrousAttention(model.Attention):
 
 
 class MLP(nn.Module):
+    """LVT's: two Linears on tokens (B, H*W, C) with a GELU between, and no convolution."""
+
     def __init__(self, dim, ratio):
         super().__init__()
         self.fc1 = nn.Linear(dim, dim * ratio)

@@ -3,6 +3,8 @@ Data sets written or fetched.
 """
 
 import importlib
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from classes import (
     NYU_CLASSES_1_TO_37,
 )
 from distill import IGNORE
-from files import UserError, atomic
+from files import Progress, UserError, atomic
 from sources import SOURCES, how_to_get, is_free
 
 
@@ -31,19 +33,33 @@ def export_scenes(args):
         raise UserError("--count must be at least 1")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root}: not empty; pass a new folder as --out-dir")
-    for folder in ("images", "labels"):
-        (root / folder).mkdir(parents=True)
-    lines = [f"{name} {r} {g} {b}" for name, (r, g, b) in scenes.CLASSES]
-    (root / "classes.txt").write_text("\n".join(lines) + "\n")
-    for split, (first, n) in scenes.SPLITS.items():
-        stems = [f"{i:07d}" for i in range(first, first + min(n, args.count))]
-        for stem in stems:
-            image, label = scenes.draw(int(stem))
-            Image.fromarray(image).save(root / "images" / f"{stem}.png")
-            if split != "unlabelled":
-                Image.fromarray(label).save(root / "labels" / f"{stem}.png")
-        (root / f"{split}.txt").write_text("\n".join(stems) + "\n")
+    tmp = root.absolute().with_name(
+        f"{root.absolute().name}.tmp{os.getpid()}"
+    )  # gets its name when it is complete
+    try:
+        for folder in ("images", "labels"):
+            (tmp / folder).mkdir(parents=True)
+        lines = [f"{name} {r} {g} {b}" for name, (r, g, b) in scenes.CLASSES]
+        (tmp / "classes.txt").write_text("\n".join(lines) + "\n")
+        for split, (first, n) in scenes.SPLITS.items():
+            write_scenes(tmp, split, range(first, first + min(n, args.count)))
+        os.replace(tmp, root)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     print(f"{root}: written, in the layout of --dataset folder")
+
+
+def write_scenes(root, split, numbers):
+    """The pictures of a split and the list of them."""
+    progress, stems = Progress(f"drawing {split}", len(numbers)), []
+    for number in numbers:
+        progress.at(len(stems))
+        stems.append(f"{number:07d}")
+        image, label = scenes.draw(number)
+        Image.fromarray(image).save(root / "images" / f"{stems[-1]}.png")
+        if split != "unlabelled":
+            Image.fromarray(label).save(root / "labels" / f"{stems[-1]}.png")
+    (root / f"{split}.txt").write_text("\n".join(stems) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -139,6 +139,8 @@ def resolve(args):
     for name, value in WEIGHTS[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if "tat" in args.method and args.batch_size == args.accumulate and args.size < 64:
+        raise UserError("tat with one photo at a time needs a --size of 64, for its batch norms")
     if not args.ce_weight:
         if "kd" not in args.method or not args.kd_weight:
             raise UserError("--ce-weight 0 and no soft labels: the classifier learns from nothing")
@@ -147,7 +149,8 @@ def resolve(args):
     if args.label_smoothing is None:
         args.label_smoothing = 0.1 if args.ce_weight else 0.0
     args.dtype = args.dtype or settings.fast_dtype(args.device)
-    args.lr = args.lr or 5e-4 * args.batch_size / 512
+    if args.lr is None:
+        args.lr = 5e-4 * args.batch_size / 512
     args.out_dir = args.out_dir or f"out/pretrain-{args.model}-{args.size}-{args.method}"
     with torch.device("meta"):
         net = classifiers.build(args.model, 2, args.size, args.patch, args.drop_path)
@@ -174,7 +177,8 @@ def open_run(args):
         args.max_iters = math.ceil((args.epochs or 100) * len(train) / args.batch_size)
         args.epochs = None
     place["out"].mkdir(parents=True, exist_ok=True)
-    run = loop.Run(args=args, **place)
+    known = dict(classes=train.classes, train=len(train), val=len(val))
+    run = loop.Run(args=args, data=known, **place)
     if args.resume:
         loop.resume(run)
     return run, train, val

@@ -164,22 +164,26 @@ INTRODUCTION = """# Results
 
 Written by `suite.py`: every number comes from a run whose command is below. mIoU, accuracy of
 pixels and boundary IoU by the full-resolution protocol on the validation images, beside them mIoU
-by the paper's, at a quarter of that. *Of the way*: from the student alone, with as many steps, to
-the teacher. Means and standard deviations over seeds. What a command does not say is the same for
-all students; where data and results lie (`--data-dir`, `--out-dir`) is left out. Minutes are those
-of training, by the clock, whatever else the machine did.
+by the paper's, at a quarter of that (`eval.py --protocol paper`). *Of the way*: from the student
+alone, with as many steps, to the teacher. Means and standard deviations over seeds. What a command
+does not say is the same for all students; where data and results lie (`--data-dir`, `--out-dir`) is
+left out. Minutes are those of training, by the clock, whatever else the machine did.
 
 Each data set has the plan and the hardware of its own last run: compare within a section.
 """
 
 
+def title_of(dataset, groups):
+    return f"classifiers: {dataset}" if "photos" in groups else dataset
+
+
 def section(dataset, groups, plan, jobs, path):
     """Lines on a data set, or on a pair of classifiers, and its picture beside the file `path`."""
     places = sorted({run["where"] for run in all_runs(groups)})
-    lines = [f"## {dataset}", "", plan["note"], "", f"Ran on: {'; '.join(places)}.", ""]
+    lines = [f"## {title_of(dataset, groups)}", "", plan["note"], ""]
+    lines += [f"Ran on: {'; '.join(places)}.", ""]
     lines += encoders(jobs)
     if "photos" in groups:
-        lines += [f"Classifiers, {dataset}:", ""]
         lines += [*classifier_table(dataset, groups["photos"], jobs), ""]
     else:
         lines += student_tables(dataset, groups, path)
@@ -223,7 +227,7 @@ def write(path, plan, jobs):
     path = Path(path)
     sections = written(path)
     for dataset, groups in collect(jobs).items():
-        sections[dataset] = section(dataset, groups, plan, jobs, path)
+        sections[title_of(dataset, groups)] = section(dataset, groups, plan, jobs, path)
     lines = [INTRODUCTION, *(line for part in sections.values() for line in part)]
     with files.atomic(path) as tmp:
         Path(tmp).write_text("\n".join(lines))

@@ -3,6 +3,7 @@ What a run can be told: defaults by data set, the paper's recipe, flags and thei
 """
 
 import argparse
+import shlex
 
 import torch
 
@@ -56,7 +57,8 @@ IMAGENET = {f"b{n}": f"nvidia/mit-b{n}" for n in range(6)} | cnn.MODELS
 IMAGENET |= {f"pvt_v2_b{n}": f"OpenGVLab/pvt_v2_b{n}" for n in range(6)}
 FINE_TUNING_LR = 6e-5  # a rate that leaves pre-trained weights what they know
 PAPER_EPOCHS, PAPER_DECAY_EPOCHS = 1000, 1500
-PAPER_DECIDES = ("crop_size", "scale")
+PAPER_DECIDES = ("crop_size", "scale", "warmup")
+OF_A_TEACHER = "teacher teacher_init teacher_lr teacher_iters teacher_batch_size".split()
 # smallest and largest value of the flags that are numbers
 LIMITS = dict.fromkeys(
     """max_iters teacher_iters batch_size teacher_batch_size accumulate student_images
@@ -97,12 +99,11 @@ def get_args(argv=None):
     )
     p.add_argument(
         "--teacher-init",
-        default="auto",
-        help="scratch, or weights: a file, a folder, a name on the hub, torchvision/NAME; auto: "
-        "ImageNet's, nvidia/mit-TEACHER or of torchvision, or scratch if they cannot be had, and "
-        "for scenes",
+        help="scratch, or weights: a file, a folder, a name on the hub, torchvision/NAME (default: "
+        "ImageNet's, nvidia/mit-TEACHER or of torchvision; scratch if they cannot be had, and for "
+        "scenes)",
     )
-    p.add_argument("--student-init", default="scratch", help="likewise, without auto")
+    p.add_argument("--student-init", default="scratch", help="likewise; default: scratch")
     p.add_argument(
         "--method", default="transkd-base", help=f"{', '.join(methods.METHODS)}; a+b; list"
     )
@@ -213,12 +214,16 @@ def resolve(args):
     if args.dataset not in catalog.DATASETS:
         names = ", ".join(catalog.DATASETS)
         raise UserError(f"unknown dataset '{args.dataset}': choose one of {names}")
-    for name in PAPER_DECIDES if args.recipe == "paper" else ():
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} has no effect with --recipe paper")
+    refuse_idle(args)
     defaults = dict(dtype=fast_dtype(args.device))
     defaults |= DEFAULTS[args.dataset] | (PAPER if args.recipe == "paper" else {})
     defaults.setdefault("protocol", "full")
+    if args.method == "none":
+        defaults["alone"] = False
+    if args.method == "none" or args.teacher_ckpt:  # no teacher is trained
+        defaults = {k: v for k, v in defaults.items() if k not in OF_A_TEACHER}
+    else:
+        defaults |= dict(teacher_init="auto")
     if args.recipe == "paper":
         defaults.pop("max_iters")  # counted in epochs: open_run knows how long one is
     if "transkd" not in args.method or args.feature_loss == "none":
@@ -228,7 +233,7 @@ def resolve(args):
             setattr(args, name, value)
     args.out_dir = args.out_dir or f"out/{args.dataset}-{args.student}-{args.method}"
     for name, known in ((args.student, model.MODELS), (args.teacher, model.NAMES)):
-        if name not in known:
+        if name is not None and name not in known:
             raise UserError(f"unknown model '{name}': choose one of {', '.join(known)}")
     if not 1 <= len(args.crop_size) <= 2 or min(args.crop_size) < 32:
         raise UserError(f"--crop-size {args.crop_size}: one or two numbers, at least 32 each")
@@ -241,13 +246,32 @@ def resolve(args):
     if args.unlabelled and args.method == "none":
         raise UserError("--unlabelled has no effect on --method none: who would say what is there?")
     check_limits(args, LIMITS)
-    args.teacher_batch_size = args.teacher_batch_size or args.batch_size
-    if args.teacher_ckpt or args.method == "none":
+    if not args.teacher:
         return  # what there is to check of a teacher that is there, find_teacher does
+    args.teacher_batch_size = args.teacher_batch_size or args.batch_size
     if args.teacher.startswith("deeplabv3") and args.teacher_batch_size == args.accumulate:
         words = "cannot learn from one image at a time: --teacher-batch-size 2 at least"
         raise UserError(f"{args.teacher} normalises a map of 1x1 over the batch and {words}")
     check_method(args)
+
+
+def refuse_idle(args):
+    """UserError for a flag that was given and has no effect beside others."""
+    idle = []
+    if args.recipe == "paper":
+        idle += [(name, "--recipe paper") for name in PAPER_DECIDES]
+    if args.method == "none":
+        idle += [(name, "--method none") for name in ("teacher_ckpt", "alone", *OF_A_TEACHER)]
+    elif args.teacher_ckpt:
+        idle += [(name, "--teacher-ckpt") for name in OF_A_TEACHER]
+    if args.cache == "off":
+        idle += [(name, "--cache off") for name in ("cache_dir", "cache_gb")]
+    if args.dataset == "scenes":
+        idle += [(name, "the drawn scenes") for name in ("data_dir", "cache_dir", "cache_gb")]
+    for name, beside in idle:
+        value = getattr(args, name)
+        if value is not None and value is not False:
+            raise UserError(f"--{name.replace('_', '-')} has no effect with {beside}")
 
 
 def fast_dtype(device):
@@ -286,8 +310,9 @@ def settings(args):
 
 def command_line(args, script="train.py"):
     """The command that says in full what was chosen by default."""
-    words = [f"python {script}"]
-    for name, value in settings(args).items():
+    words = ["python", script]
+    where = {name: getattr(args, name) for name in ("data_dir", "out_dir")}
+    for name, value in (settings(args) | where).items():
         if name in PAPER_DECIDES and args.recipe == "paper":
             continue
         flag = "--" + name.replace("_", "-")
@@ -297,4 +322,4 @@ def command_line(args, script="train.py"):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is not None:
             words += [flag, str(value)]
-    return " ".join(words)
+    return shlex.join(words)

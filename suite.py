@@ -281,6 +281,10 @@ def check(args):
         if name not in PLANS[args.plan]["data"] or not place:
             known = ", ".join(PLANS[args.plan]["data"])
             raise UserError(f"--data {pair}: NAME=DIR, with NAME one of {known}")
+        if not args.no_runs and not args.list and not Path(place).is_dir():
+            raise UserError(f"--data {pair}: no such folder")
+    if args.photos and not args.no_runs and not args.list and not Path(args.photos).is_dir():
+        raise UserError(f"--photos {args.photos}: no such folder")
     weights = args.teacher_init and args.student_init
     if not args.photos and ("photos" in args.only or not weights):
         raise UserError(

@@ -69,7 +69,7 @@ class Run(loop.Run):
 
 def open_run(args):
     """Processes, data and facts of a run; resumes the one in --out-dir if asked to."""
-    batch_sizes = args.batch_size, args.teacher_batch_size
+    batch_sizes = filter(None, (args.batch_size, args.teacher_batch_size))
     place = loop.start(args, batch_sizes, ("teacher.pt", "student.pt"))
     dataset = catalog.open_dataset(args.dataset, args.data_dir)
     cache = (args.data_dir, args.cache, args.cache_dir, args.cache_gb)
@@ -83,9 +83,11 @@ def open_run(args):
     if args.max_iters is None:  # the paper's recipe
         n = args.student_images or len(train)
         args.max_iters = PAPER_EPOCHS * math.ceil(n / args.batch_size)
-        teacher_iters = PAPER_EPOCHS * math.ceil(len(train) / args.teacher_batch_size)
-        args.teacher_iters = args.teacher_iters or teacher_iters
-    args.teacher_iters = min(args.teacher_iters or args.max_iters, args.max_iters)
+        if args.teacher:
+            teacher_iters = PAPER_EPOCHS * math.ceil(len(train) / args.teacher_batch_size)
+            args.teacher_iters = args.teacher_iters or teacher_iters
+    if args.teacher:
+        args.teacher_iters = min(args.teacher_iters or args.max_iters, args.max_iters)
     height, width = train.image(0).shape[:2]
     whiten = args.normalise == "imagenet"
     facts = dict(
@@ -114,6 +116,8 @@ def open_run(args):
     splits["unlabelled"] = unlabelled[0] if unlabelled else ()
     run = Run(args=args, **place, **splits, augment=augment.Augment(crop, **look), facts=facts)
     run.images("student")  # are there as many?
+    run.data = dict(classes=list(dataset.classes), train=len(train), val=len(val))
+    run.data |= dict(unlabelled=len(run.unlabelled))
     if args.resume:
         loop.resume(run)
     return run
@@ -144,7 +148,7 @@ def run_stage(run, stage, name, method="none", teacher=None):
     adapters = f", {extra:,} more parameters to train" if extra else ""
     run.print(f"{iters} steps of {batch_size}, from {of} images{adapters}")
     lr = args.teacher_lr if is_teacher else args.lr
-    lr = lr or (args.lr if init == "scratch" else min(args.lr, FINE_TUNING_LR))
+    lr = lr if lr is not None else (args.lr if init == "scratch" else min(args.lr, FINE_TUNING_LR))
     net, seconds = train_stage(run, stage, net, method, teacher, iters, batch_size, lr)
     record(run, stage, net, run.facts, iters, seconds)
     if run.rank == 0:
@@ -185,6 +189,20 @@ def start_from(run, stage, net):
     return init
 
 
+def check_inits(run):
+    """Weights that cannot be loaded are an error at once, and not after the teacher's training."""
+    args, inits = run.args, []
+    if "student" not in run.inits:
+        inits.append((args.student, args.student_init))
+    if "teacher" not in run.inits and args.teacher:
+        inits.append((args.teacher, args.teacher_init))
+    for name, init in inits:
+        if init not in ("scratch", "auto"):
+            with contextlib.redirect_stdout(None):
+                net = model.build(name, len(run.dataset.classes))
+                parallel.first_then_others(functools.partial(model.load_weights, net, init))
+
+
 def told_once(run):
     """Within it, only process 0 prints."""
     return contextlib.nullcontext() if run.rank == 0 else contextlib.redirect_stdout(None)
@@ -193,7 +211,8 @@ def told_once(run):
 def find_teacher(run):
     """The teacher of --teacher-ckpt, scored like one that was trained here: (net, facts)."""
     net, facts = parallel.first_then_others(lambda: model.load(run.args.teacher_ckpt))
-    catalog.check_classes(run.args.teacher_ckpt, net, facts, run.dataset)
+    with told_once(run):
+        catalog.check_classes(run.args.teacher_ckpt, net, facts, run.dataset)
     check_method(run.args, net)
     facts = catalog.complete(facts, net.num_classes, run.dataset)
     loop.freeze(net, run.device)
@@ -339,6 +358,7 @@ def main(args):
     run = open_run(args)
     loop.catch_signals(run)
     run.print(command_line(args))
+    check_inits(run)
     nets, teacher = [], None
     if args.method != "none":
         if args.teacher_ckpt:

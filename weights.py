@@ -234,7 +234,12 @@ def read_folder(folder):
                 tensors |= unwrap(load_any(folder / shard), folder / shard)[0]
             break
     else:
-        raise UserError(f"{folder}: neither {names[0]} nor {names[1]} in it (nor shards of them)")
+        ours = [
+            name for name in ("student.pt", "teacher.pt", "encoder.pt") if (folder / name).exists()
+        ]
+        hint = f"; pass {folder / ours[0]}" if ours else ""
+        words = f"neither {names[0]} nor {names[1]} in it (nor shards of them)"
+        raise UserError(f"{folder}: {words}{hint}")
     return tensors, folder_facts(folder)
 
 

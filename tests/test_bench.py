@@ -282,6 +282,9 @@ def test_bfloat16_only_where_it_is_no_emulation_unless_asked_for(monkeypatch, na
         (["--batch-size", "0"], "--batch-size 0: must be positive"),
         (["--batches", "1", "0"], "must be positive"),
         (["--device", "cuda:99"], "--device cuda:99"),
+        (["--workers", "-1"], "--workers -1: must not be negative"),
+        (["--plot", "x.foo"], "x.foo: a file that ends in .png, .pdf or .svg"),
+        (["--json", "nowhere/x.json"], "nowhere/x.json: no file can be written there"),
         (["--only", "step", "--plot", "x.png"], "--plot draws what --only inference measures"),
     ],
 )

@@ -23,7 +23,7 @@ from files import UserError
 from nets import Drop
 
 NAME, K = "deeplabv3_resnet50", 5
-SMALL = "--student nano --crop-size 32 --batch-size 4 --max-iters 1 --teacher-init scratch".split()
+SMALL = "--student nano --crop-size 32 --batch-size 4 --max-iters 1".split()
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,9 @@ def checkpoint(net, tmp_path_factory):
 
 
 def argv(folder, out, *more):
-    return ["--dataset", "folder", "--data-dir", str(folder), "--out-dir", str(out), *SMALL, *more]
+    where = ["--dataset", "folder", "--data-dir", str(folder), "--out-dir", str(out)]
+    fresh = [] if "--teacher-ckpt" in more else ["--teacher-init", "scratch"]
+    return [*where, *SMALL, *fresh, *more]
 
 
 def run(folder, out, *more):

@@ -211,6 +211,8 @@ def test_drawn_scenes_are_clean(tmp_path, capsys):
     prepare.export_scenes(SimpleNamespace(out_dir=str(tmp_path / "s"), count=40))
     named, out, error = check(tmp_path / "s", capsys)
     assert not named and error is None
+    doctor.check(SimpleNamespace(dataset="scenes", data_dir=None))  # and as they are drawn
+    assert "no problem found" in capsys.readouterr().out
 
 
 TREES = dict(
@@ -677,6 +679,12 @@ def test_the_same_photo_in_train_and_val(tmp_path, capsys):
     (root / "val.txt").write_text("p1\np4")
     named, out, error = check(root, capsys)
     assert not named and "1 images are in train and in val: p1" in error  # that is not said twice
+    (root / "val.txt").write_text("p4\np4")
+    named, out, error = check(root, capsys)
+    assert not named and "1 images are in val more than once: p4" in error
+    Image.open(root / "images/p2.png").save(root / "images/p2.jpg")
+    with pytest.raises(UserError, match="images: p2.jpg and p2.png have the same stem"):
+        check(root, capsys)
 
 
 @pytest.mark.parametrize(

@@ -256,13 +256,42 @@ def test_json_is_one_object_and_nothing_else(monkeypatch, capsys, folder, ckpt):
         (["--short-side", "64"], "--short-side goes with --image"),
         (["--split", "tests"], "folder has no split 'tests': choose train, val"),
         (["--device", "abacus"], "--device abacus: "),
-        (["--image", "/nowhere"], "/nowhere: no such file"),
+        (["--out-dir", "somewhere"], "--out-dir goes with --image"),
+        (["--image", "x.png"], "--image labels photos: --data-dir is for scoring"),
     ],
 )
 def test_mistakes(monkeypatch, folder, ckpt, more, message):
     with pytest.raises(files.UserError) as e:
         run(monkeypatch, "--ckpt", ckpt, "--data-dir", folder, *more)
     assert message in str(e.value)
+
+
+def test_mistakes_of_labelling(monkeypatch, folder, ckpt):
+    with pytest.raises(files.UserError, match="/nowhere: no such file"):
+        run(monkeypatch, "--ckpt", ckpt, "--image", "/nowhere")
+    with pytest.raises(files.UserError, match="its own photos; pass another folder"):
+        images = folder / "images"
+        run(monkeypatch, "--ckpt", ckpt, "--image", images, "--out-dir", images)
+
+
+def test_a_photo_that_is_void_all_over(monkeypatch, folder, tmp_path):
+    net = model.build("nano", 4)
+    net.head.classifier.bias.data[3] = 1e4
+    model.save(tmp_path / "void.pt", net, **FACTS | dict(classes=["a", "b", "c"], void=3))
+    photo, out = folder / "images/p0.png", tmp_path / "out"
+    run(monkeypatch, "--ckpt", tmp_path / "void.pt", "--image", photo, "--out-dir", out)
+    assert {p.stem for p in out.iterdir()} == {"p0_mask", "p0_overlay", "p0_ids"}
+    assert (np.asarray(Image.open(out / "p0_ids.png")) == 255).all()
+
+
+def test_scoring_says_how_far_it_is(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(files.time, "time", lambda: next(clock))
+    progress = files.Progress("scoring", 8, every=5)
+    for done in range(1, 9):
+        progress.at(done)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "scoring: 2/8, 24 s left" and len(said) == 3
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"sky\nroad", b"PK\x03\x04 not a zip"])

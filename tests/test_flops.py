@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import files
 import flops
 import model
 
@@ -50,6 +51,13 @@ def test_head_by_hand():
     row = flops.measure_named("nano", 3, (96, 160))
     saved = (row["gmacs"] - row["executed_gmacs"]) * 1e9
     assert saved == pytest.approx(written - merged - products, rel=0.01)
+
+
+@pytest.mark.parametrize("words", ["--teacher b2", "--csf-norm batch", "--method list --json"])
+def test_flags_without_effect(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["flops.py", *words.split()])
+    with pytest.raises(files.UserError, match="has no effect|without other flags"):
+        flops.main(flops.get_args())
 
 
 def test_latency(monkeypatch, capsys):

@@ -18,13 +18,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_data import write_camvid
 
 import catalog
 import data
 import downloads
+import files
 import prepare
+import scenes
 from files import UserError
 from sources import SOURCES, how_to_get, is_free
 
@@ -606,6 +609,35 @@ def test_errors_are_one_line_on_stderr(tmp_path):
             command, cwd=Path(data.__file__).parent, capture_output=True, text=True
         )
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_drawn_scenes_are_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    real, calls = scenes.draw, []
+
+    def interrupted(number):
+        calls.append(number)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(number)
+
+    monkeypatch.setattr(scenes, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, "scenes", "--out-dir", tmp_path / "s", "--count", "3")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "s").mkdir()
+    run(monkeypatch, "scenes", "--out-dir", tmp_path / "s", "--count", "3")
+    assert len(list((tmp_path / "s/images").iterdir())) == 9
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_too_large_for_the_memory_is_one_line(capsys):
+    def large(args):
+        torch.empty(1 << 60)
+
+    with pytest.raises(SystemExit) as e:
+        files.cli(large, None)
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and said.startswith("error: ") and "smaller batches" in said
 
 
 # ------------------------------------------------------------------------------------------------

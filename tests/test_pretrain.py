@@ -694,6 +694,11 @@ MISTAKES = {
         "--manifold-stages has no effect on vit_tiny",
     ),
     "no such file": (["--teacher", "/no.pt", "--method", "kd"], None, "/no.pt: no such file"),
+    "one photo for tat": (
+        ["--teacher", "x", "--method", "tat", "--batch-size", "1"],
+        None,
+        "tat with one photo at a time needs a --size of 64",
+    ),
 }
 
 

@@ -144,7 +144,12 @@ def test_data_that_no_plan_knows(place):
     weights = "--data camvid=D --teacher-init a --student-init b".split()
     with pytest.raises(UserError, match="--photos is missing"):
         suite.check(suite.get_args(weights))
-    suite.check(suite.get_args([*weights, "--only", "main", "labels"]))
+    weights += ["--only", "main", "labels"]
+    with pytest.raises(UserError, match="--data camvid=D: no such folder"):
+        suite.check(suite.get_args(weights))
+    suite.check(suite.get_args([*weights, "--list"]))
+    with pytest.raises(UserError, match="--photos P: no such folder"):
+        get_args(place, "--photos", "P")
 
 
 def test_what_is_wanted_and_what_that_needs(place):
@@ -321,7 +326,7 @@ def test_tables_of_classifiers(place, monkeypatch):
     suite.main(args)
     text = (place / "docs/results.md").read_text()
     for pair in ("nano from nano", "vit_tiny from vit_tiny"):
-        part = text.split(f"## {pair}\n")[1].split("###")[0]
+        part = text.split(f"## classifiers: {pair}\n")[1].split("###")[0]
         rows = [line.split(" | ")[0].strip("| ") for line in part.splitlines() if "|" in line]
         assert rows[2:] == ["teacher", "alone", "kd"]
     runs = json.loads((place / "out/photos/nano-from-nano-kd/0/metrics.json").read_text())

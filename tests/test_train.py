@@ -29,11 +29,15 @@ from settings import settings
 from step import Teacher, learning_rate, parameter_groups
 
 ROOT = Path(train.__file__).parent
-SMALL = "--student nano --teacher nano --crop-size 32 --batch-size 4 --max-iters 6".split()
+SMALL = "--student nano --crop-size 32 --batch-size 4 --max-iters 6".split()
 
 
 def words(folder, out, *more):
-    return ["--dataset", "folder", "--data-dir", str(folder), "--out-dir", str(out), *SMALL, *more]
+    where = ["--dataset", "folder", "--data-dir", str(folder), "--out-dir", str(out)]
+    given = dict(zip(more, more[1:]))
+    trained = given.get("--method") != "none" and "--teacher-ckpt" not in more
+    teacher = ["--teacher", "nano"] if trained else []
+    return [*where, *SMALL, *teacher, *more]
 
 
 def run(folder, out, *more):
@@ -522,6 +526,30 @@ MISTAKES = {
         "--embed has no effect on --method none",
     ),
     "no teacher": (["--teacher-ckpt", "/nowhere.pt"], None, "/nowhere.pt: no such file"),
+    "no weights": (["--student-init", "/nowhere.pt"], None, "/nowhere.pt: no such file"),
+    "untaught": (
+        ["--method", "none", "--teacher-ckpt", "/nowhere.pt"],
+        None,
+        "--teacher-ckpt has no effect with --method none",
+    ),
+    "alone already": (["--method", "none", "--alone"], None, "--alone has no effect with --method"),
+    "two teachers": (
+        ["--teacher-ckpt", "/nowhere.pt", "--teacher", "b5"],
+        None,
+        "--teacher has no effect with --teacher-ckpt",
+    ),
+    "a trained teacher's rate": (
+        ["--teacher-ckpt", "/nowhere.pt", "--teacher-lr", "0"],
+        None,
+        "--teacher-lr has no effect with --teacher-ckpt",
+    ),
+    "files of drawn scenes": (["--dataset", "scenes"], None, "--data-dir has no effect with the d"),
+    "kd of nothing": (["--method", "kd", "--kd-weight", "0"], None, "--kd-weight 0.0: must be"),
+    "nothing of transkd": (
+        ["--feature-weight", "0", "--embed-weight", "0"],
+        None,
+        "--feature-weight 0 --embed-weight 0: there is nothing",
+    ),
     "no label": ([], lambda d: (d / "labels/p1.png").unlink(), "1 of 6 have no label: p1"),
     "no image": ([], lambda d: (d / "images/p7.png").unlink(), "1 of 3 have no image: p7"),
     "unreadable": ([], lambda d: (d / "images/p1.png").write_bytes(b""), "p1.png: cannot be read"),
@@ -554,7 +582,7 @@ def test_mistakes(folder, tmp_path, name, cache):
     with pytest.raises(UserError) as e:
         run(folder, tmp_path / "out", "--cache", cache, *more)
     assert message in str(e.value) and "\n" not in str(e.value)
-    assert not (tmp_path / "out" / "student.pt").exists()
+    assert not list(tmp_path.glob("out/*.pt"))  # before any training
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
@@ -607,7 +635,7 @@ def test_teacher_of_the_transkd_release(tmp_path):
     assert model.load(tmp_path / "out/student.pt")[0].num_classes == 19
 
 
-def test_checkpoints_of_another_kind(folder, tmp_path):
+def test_checkpoints_of_another_kind(folder, tmp_path, capsys):
     out = tmp_path / "out"
     run(folder, out, "--method", "none", "--save-every", "0")
     with pytest.raises(UserError, match="last.pt: the state of a run; pass the run's student.pt"):
@@ -615,9 +643,18 @@ def test_checkpoints_of_another_kind(folder, tmp_path):
     other = write_folder(tmp_path / "other", classes=2)
     with pytest.raises(UserError, match="predicts 3 classes, folder has 2"):
         run(other, tmp_path / "b", "--teacher-ckpt", str(out / "student.pt"))
+    names = "\n".join(["Thing_1", "thing 0", "thing 2"])
+    (folder / "classes.txt").write_text(names)
+    with pytest.raises(UserError, match="in another order: its class 0 is 'thing 0', that of fol"):
+        run(folder, tmp_path / "b", "--teacher-ckpt", str(out / "student.pt"))
+    (folder / "classes.txt").write_text("thing 0\nthing 1\nother")
+    run(folder, tmp_path / "b", "--teacher-ckpt", str(out / "student.pt"))
+    assert "!!!" in capsys.readouterr().out
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(UserError, match="text.pt: not a checkpoint of tensors"):
-        run(folder, tmp_path / "b", "--teacher-ckpt", str(tmp_path / "text.pt"))
+        run(folder, tmp_path / "c", "--teacher-ckpt", str(tmp_path / "text.pt"))
+    with pytest.raises(UserError, match=f"nor shards of them.; pass {out}/student.pt"):
+        run(folder, tmp_path / "c", "--teacher-ckpt", str(out))
 
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, tmp_path):
@@ -630,6 +667,32 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, tmp_path):
         run(folder, out, "--method", "none", "--lr", "0.1", "--resume")
     run(folder, out, "--method", "none", "--resume")
     assert (out / "student.pt").read_bytes() == before
+    (out / "last.pt").unlink()
+    with pytest.raises(UserError, match="holds student.pt but no last.pt to go on from"):
+        run(folder, out, "--method", "none", "--resume")
+    assert (out / "student.pt").read_bytes() == before and (out / "log.jsonl").exists()
+
+
+def test_a_run_goes_on_with_its_own_data_only(folder, tmp_path, monkeypatch):
+    out, score = tmp_path / "out", train.score
+
+    def stop(*a, **k):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "score", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, out, "--method", "none", "--save-every", "0")
+    monkeypatch.setattr(train, "score", score)
+    lines = (folder / "train.txt").read_text()
+    (folder / "train.txt").write_text("p0\np1\np2\np3")
+    with pytest.raises(UserError, match="the data are others: train was 6, now it is 4"):
+        run(folder, out, "--method", "none", "--save-every", "0", "--resume")
+    (folder / "train.txt").write_text(lines)
+    (folder / "classes.txt").write_text("a\nb\nc\nd")
+    with pytest.raises(UserError, match="classes was 3 .thing 0, .*, now it is 4 .a, b, c, d."):
+        run(folder, out, "--method", "none", "--save-every", "0", "--resume")
+    (folder / "classes.txt").write_text("thing 0\nthing 1\nthing 2")
+    run(folder, out, "--method", "none", "--save-every", "0", "--resume")
 
 
 def test_no_space_left_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch):
