@@ -313,7 +313,7 @@ def command_line(args, script="train.py"):
     words = ["python", script]
     where = {name: getattr(args, name) for name in ("data_dir", "out_dir")}
     for name, value in (settings(args) | where).items():
-        if name in PAPER_DECIDES and args.recipe == "paper":
+        if name in PAPER_DECIDES and getattr(args, "recipe", "") == "paper":
             continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, list):

@@ -281,16 +281,16 @@ def check(args):
         if name not in PLANS[args.plan]["data"] or not place:
             known = ", ".join(PLANS[args.plan]["data"])
             raise UserError(f"--data {pair}: NAME=DIR, with NAME one of {known}")
-        if not args.no_runs and not args.list and not Path(place).is_dir():
-            raise UserError(f"--data {pair}: no such folder")
-    if args.photos and not args.no_runs and not args.list and not Path(args.photos).is_dir():
-        raise UserError(f"--photos {args.photos}: no such folder")
     weights = args.teacher_init and args.student_init
     if not args.photos and ("photos" in args.only or not weights):
         raise UserError(
             "--photos is missing: the photos of classifiers, for --only photos, and of encoders "
             "from which nets start, unless --teacher-init and --student-init say from what"
         )
+    if not args.no_runs and not args.list:
+        for place in [pair.split("=", 1)[1] for pair in args.data] + [args.photos]:
+            if place and not Path(place).is_dir():
+                raise UserError(f"{place}: no such folder")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: at least 1")
     args.out_dir = args.out_dir or f"out/suite-{args.plan}"

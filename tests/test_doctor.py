@@ -683,8 +683,7 @@ def test_the_same_photo_in_train_and_val(tmp_path, capsys):
     named, out, error = check(root, capsys)
     assert not named and "1 images are in val more than once: p4" in error
     Image.open(root / "images/p2.png").save(root / "images/p2.jpg")
-    with pytest.raises(UserError, match="images: p2.jpg and p2.png have the same stem"):
-        check(root, capsys)
+    assert "images: p2.jpg and p2.png have the same stem" in check(root, capsys)[2]
 
 
 @pytest.mark.parametrize(

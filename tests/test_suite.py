@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_folder, write_photos
 
 import catalog
 import eval as evaluation
 import methods
+import model
 import plans
 import pretrain
 import results
@@ -70,7 +72,8 @@ def test_every_command_of_every_plan_is_one(place, plan, monkeypatch):
         if job.row and job.row[3] > 0:
             continue  # the same with another seed
         if job.script == "train":
-            said = suite_train(argv, job.row[0] == next(iter(datasets)))
+            teacher = job.row[0] == next(iter(datasets)) and suite.PLANS[plan]["teacher"]
+            said = suite_train(argv, teacher)
             if job.row[1] == "methods":
                 assert said.method == job.row[2]
             assert said.resume and Path(said.out_dir) == job.folder
@@ -86,12 +89,13 @@ def fail(message):
     raise AssertionError(message)
 
 
-def suite_train(argv, method_too):
-    """A command of train.py, read and checked as it would be."""
+def suite_train(argv, teacher):
+    """A command of train.py, read and checked as it would be; teacher: who is to teach, or not."""
     args = settings.get_args(argv)
     settings.resolve(args)
-    if args.teacher_ckpt and method_too:
-        settings.check_method(args)
+    if args.teacher_ckpt and teacher:
+        with torch.device("meta"):
+            settings.check_method(args, model.build(teacher, 2))
     return args
 
 
@@ -145,10 +149,10 @@ def test_data_that_no_plan_knows(place):
     with pytest.raises(UserError, match="--photos is missing"):
         suite.check(suite.get_args(weights))
     weights += ["--only", "main", "labels"]
-    with pytest.raises(UserError, match="--data camvid=D: no such folder"):
+    with pytest.raises(UserError, match="D: no such folder"):
         suite.check(suite.get_args(weights))
     suite.check(suite.get_args([*weights, "--list"]))
-    with pytest.raises(UserError, match="--photos P: no such folder"):
+    with pytest.raises(UserError, match="P: no such folder"):
         get_args(place, "--photos", "P")
 
 
