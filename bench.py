@@ -460,8 +460,9 @@ def check(args):
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot {args.plot}: a file that ends in .png, .pdf or .svg")
     for path in filter(None, (args.json, args.plot)):
-        if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
-            raise UserError(f"{path}: no file can be written there, is its folder there?")
+        files.check_folder("the folder", Path(path).parent)
+        if Path(path).is_dir():
+            raise UserError(f"{path}: a folder, not a file")
     if args.plot and "inference" not in args.only:
         raise UserError("--plot draws what --only inference measures")
     if args.plot and not files.installed("matplotlib"):

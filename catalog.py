@@ -361,8 +361,9 @@ def pair_up(images, labels, stems, source):
     for what, found in (("image", images), ("label", labels)):
         missing = [s for s in stems if s not in found]
         if missing:
-            n, of = len(missing), len(stems)
-            raise UserError(f"{source}: {n} of {of} have no {what}: {some(missing)}")
+            n, of, stem = len(missing), len(stems), Path(missing[0]).stem
+            hint = f"; write {stem}, without its suffix" if stem in found else ""
+            raise UserError(f"{source}: {n} of {of} have no {what}: {some(missing)}{hint}")
     return [(s, images[s], labels[s]) for s in stems]
 
 

@@ -290,6 +290,7 @@ def label_photos(net, facts, args, views):
         raise UserError(f"{source}: " + ("no photos in it" if source.is_dir() else "no such file"))
     if not args.out_dir:
         raise UserError("--image needs --out-dir, the folder for the pictures")
+    files.check_folder("--out-dir", args.out_dir)
     if source.resolve() == Path(args.out_dir).resolve():
         raise UserError(f"--out-dir {args.out_dir}: its own photos; pass another folder")
     stems = [p.stem for p in paths]

@@ -337,8 +337,7 @@ def main(args):
     missing = [name for name in packages if not files.installed(name)]
     if missing:
         raise UserError(f"--to {args.to} needs: pip install {' '.join(missing)}")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out-dir {out}: a file, not a folder")
+    files.check_folder("--out-dir", out)
     net, facts = model.load(args.ckpt)
     if not hasattr(net, "encoder"):
         raise UserError(f"{args.ckpt}: a {net.name}; CNNs teach here, they are not exported")

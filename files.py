@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -44,6 +45,14 @@ def cli(main, args):
     except (UserError, OSError, MemoryError) as e:  # a full disk, a folder that is not ours
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+
+
+def check_folder(flag, path):
+    """UserError if there can be no folder: a file is in its place, or in that of one above it."""
+    path = Path(path)
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(f"{flag} {path}: {there} is a file, not a folder")
 
 
 class Progress:

@@ -74,8 +74,7 @@ def start(args, batch_sizes, results):
             )
     out = Path(args.out_dir)
     found = [f for f in ("last.pt", *results, "log.jsonl") if (out / f).exists()]
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out-dir {out}: a file, not a folder")
+    files.check_folder("--out-dir", out)
     if found and not args.resume:
         raise UserError(f"{out} holds a run ({found[0]}): pass --resume, or another --out-dir")
     if "last.pt" not in found and results[-1] in found:

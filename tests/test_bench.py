@@ -284,7 +284,8 @@ def test_bfloat16_only_where_it_is_no_emulation_unless_asked_for(monkeypatch, na
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--workers", "-1"], "--workers -1: must not be negative"),
         (["--plot", "x.foo"], "x.foo: a file that ends in .png, .pdf or .svg"),
-        (["--json", "nowhere/x.json"], "nowhere/x.json: no file can be written there"),
+        (["--json", f"{__file__}/x.json"], "test_bench.py is a file, not a folder"),
+        (["--json", "."], "a folder, not a file"),
         (["--only", "step", "--plot", "x.png"], "--plot draws what --only inference measures"),
     ],
 )

@@ -552,6 +552,12 @@ MISTAKES = {
     ),
     "no label": ([], lambda d: (d / "labels/p1.png").unlink(), "1 of 6 have no label: p1"),
     "no image": ([], lambda d: (d / "images/p7.png").unlink(), "1 of 3 have no image: p7"),
+    "no stems": (
+        [],
+        lambda d: (d / "val.txt").write_text("p6.png\np7.png"),
+        "val.txt: 2 of 2 have no image: p6.png, p7.png; write p6, without its suffix",
+    ),
+    "out is a file": (["--out-dir", __file__], None, "test_train.py is a file, not a folder"),
     "unreadable": ([], lambda d: (d / "images/p1.png").write_bytes(b""), "p1.png: cannot be read"),
     "empty split": ([], lambda d: (d / "val.txt").write_text("\n"), "the val split is empty"),
     "no list": ([], lambda d: (d / "train.txt").unlink(), "train.txt: no such file"),
