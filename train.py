@@ -194,10 +194,10 @@ def check_inits(run):
     args, inits = run.args, []
     if "student" not in run.inits:
         inits.append((args.student, args.student_init))
-    if "teacher" not in run.inits and args.teacher:
+    if "teacher" not in run.inits and args.teacher and args.teacher_init != "auto":
         inits.append((args.teacher, args.teacher_init))
     for name, init in inits:
-        if init not in ("scratch", "auto"):
+        if init != "scratch":
             with contextlib.redirect_stdout(None):
                 net = model.build(name, len(run.dataset.classes))
                 parallel.first_then_others(functools.partial(model.load_weights, net, init))

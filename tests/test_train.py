@@ -527,6 +527,7 @@ MISTAKES = {
     ),
     "no teacher": (["--teacher-ckpt", "/nowhere.pt"], None, "/nowhere.pt: no such file"),
     "no weights": (["--student-init", "/nowhere.pt"], None, "/nowhere.pt: no such file"),
+    "auto is for teachers": (["--student-init", "auto"], None, "auto: no such file"),
     "untaught": (
         ["--method", "none", "--teacher-ckpt", "/nowhere.pt"],
         None,
