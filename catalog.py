@@ -94,7 +94,7 @@ def open_dataset(name, data_dir=None, **how):
 def check_classes(ckpt, net, facts, dataset):
     """UserError if a checkpoint predicts more, fewer or otherwise ordered classes than there are.
 
-    Names that differ may be another spelling: these are told.
+    A name that the data set has not may be another spelling: that is told.
     """
     n = net.num_classes - (facts["void"] is not None)
     if n != len(dataset.classes):
@@ -105,8 +105,8 @@ def check_classes(ckpt, net, facts, dataset):
     if other:
         k = other[0]
         words = f"its class {k} is '{theirs[k]}', that of {dataset.name} '{ours[k]}'"
-        if sorted(plain[0]) == sorted(plain[1]):
-            raise UserError(f"{ckpt} has these classes in another order: {words}")
+        if {plain[0][k] for k in other} & {*plain[1]}:
+            raise UserError(f"{ckpt} has other classes, or in another order: {words}")
         print(f"!!! {ckpt}: {len(other)} of {n} classes have other names: {words}. Are they these?")
 
 
