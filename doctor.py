@@ -199,10 +199,18 @@ def report(split, files, dataset, in_split):
 
 
 def same_images(pairs):
-    """Images to learn from that are in val too: under the same name, or as another, same file."""
+    """Images that a split has more than once, and images to learn from that are in val too: under
+    the same name, or as another, same file."""
     splits = [split for split in ("train", "unlabelled") if split in pairs]
+    found = [words for split in (*splits, "val") for words in repeated(split, pairs)]
     digest = functools.cache(lambda path: hashlib.sha256(path.read_bytes()).digest())
-    return [words for split in splits for words in same_as_in_val(split, pairs, digest)]
+    return found + [words for split in splits for words in same_as_in_val(split, pairs, digest)]
+
+
+def repeated(split, pairs):
+    again = [pair for pair, count in collections.Counter(pairs[split]).items() if count > 1]
+    names = sorted(stem for stem, *_ in again)
+    return [f"{len(names)} images are in {split} more than once: {some(names)}"] if names else []
 
 
 def same_as_in_val(split, pairs, digest):
@@ -211,11 +219,6 @@ def same_as_in_val(split, pairs, digest):
         return [f"{len(both)} images are in {split} and in val: {min(both)} ..."] if both else []
     train, val = ({pair[1]: pair[0] for pair in pairs[name]} for name in (split, "val"))
     found, both = [], sorted(train.keys() & val.keys())
-    for name in (split, "val"):
-        counts = collections.Counter(pair[0] for pair in pairs[name])
-        again = sorted(stem for stem, count in counts.items() if count > 1)
-        if again:
-            found.append(f"{len(again)} images are in {name} more than once: {some(again)}")
     if both:
         found.append(f"{len(both)} images are in {split} and in val: {train[both[0]]} ...")
     sizes = {}

@@ -166,9 +166,9 @@ def start_from(run, stage, net):
     init = run.args.teacher_init if is_teacher else run.args.student_init
     if run.state and run.state["stage"] == stage:
         return run.inits[stage]
-    auto = is_teacher and init == "auto" and run.dataset.name != "scenes"
-    if init == "auto":
-        init = IMAGENET.get(net.name) if auto else "scratch"
+    auto = is_teacher and init == "auto"
+    if auto:
+        init = IMAGENET.get(net.name) if run.dataset.name != "scenes" else "scratch"
     if init != "scratch":
         try:
             if init is None:
@@ -189,18 +189,13 @@ def start_from(run, stage, net):
     return init
 
 
-def check_inits(run):
-    """Weights that cannot be loaded are an error at once, and not after the teacher's training."""
-    args, inits = run.args, []
-    if "student" not in run.inits:
-        inits.append((args.student, args.student_init))
-    if "teacher" not in run.inits and args.teacher and args.teacher_init != "auto":
-        inits.append((args.teacher, args.teacher_init))
-    for name, init in inits:
-        if init != "scratch":
-            with contextlib.redirect_stdout(None):
-                net = model.build(name, len(run.dataset.classes))
-                parallel.first_then_others(functools.partial(model.load_weights, net, init))
+def check_student_init(run):
+    """Weights that cannot be loaded are an error before the teacher's training, not after it."""
+    args = run.args
+    if args.teacher and "teacher" not in run.results and args.student_init != "scratch":
+        with contextlib.redirect_stdout(None):
+            net = model.build(args.student, len(run.dataset.classes))
+            parallel.first_then_others(lambda: model.load_weights(net, args.student_init))
 
 
 def told_once(run):
@@ -358,7 +353,7 @@ def main(args):
     run = open_run(args)
     loop.catch_signals(run)
     run.print(command_line(args))
-    check_inits(run)
+    check_student_init(run)
     nets, teacher = [], None
     if args.method != "none":
         if args.teacher_ckpt:
