@@ -454,7 +454,7 @@ def check(args):
     for name in ("batch_size", "num_classes", "seconds", "batches"):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {values}: must be positive")
+            raise UserError(f"{files.as_flag(name)} {values}: must be positive")
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: must not be negative")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):

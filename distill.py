@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import UserError
+from files import UserError, as_flag
 from model import PatchEmbed, init_weights
 from nets import resize
 from parallel import process_mean, rank_and_world
@@ -460,5 +460,5 @@ def build_method(
         built[name] = methods[name](student_channels, teacher_channels, **own)
         taken |= mine
     for option in options.keys() - taken:
-        raise UserError(f"--{option.replace('_', '-')} has no effect on --method {spec}")
+        raise UserError(f"{as_flag(option)} has no effect on --method {spec}")
     return built[names[0]] if len(names) == 1 else Together(built)

@@ -397,7 +397,7 @@ def main(args):
     scoring = "json dataset data_dir split cache_dir protocol save_preds".split()
     given = [name for name in scoring if getattr(args, name)]
     if args.image and given:
-        raise UserError(f"--image labels photos: --{given[0].replace('_', '-')} is for scoring")
+        raise UserError(f"--image labels photos: {files.as_flag(given[0])} is for scoring")
     if args.out_dir and not args.image:
         raise UserError("--out-dir goes with --image; --save-preds writes what is scored")
     if args.save_preds and args.protocol == "paper":

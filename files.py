@@ -24,6 +24,11 @@ def some(names, n=5):
     return ", ".join(names[:n]) + " ..." * (len(names) > n)
 
 
+def as_flag(name):
+    """The option of args.name as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
 def installed(package):
     """Whether an optional package is there."""
     return importlib.util.find_spec(package) is not None

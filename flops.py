@@ -158,9 +158,9 @@ def get_args(argv=None):
 
 def main(args):
     model.get_device(args.device)
-    for flag in ("csf_norm", "teacher"):
-        if getattr(args, flag) and not args.method:
-            raise files.UserError(f"--{flag.replace('_', '-')} has no effect without --method")
+    for name in ("csf_norm", "teacher"):
+        if getattr(args, name) and not args.method:
+            raise files.UserError(f"{files.as_flag(name)} has no effect without --method")
     args.teacher = args.teacher or "b2"
     args.model = args.model or (["b0"] if args.method == "list" else ["b0", "b2"])
     if args.method == "list":

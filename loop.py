@@ -98,13 +98,12 @@ def resume(run):
     for name, now in settings(run.args).items():
         was = state["settings"].get(name)
         if was != now:
-            raise UserError(f"--resume: --{name.replace('_', '-')} was {was}, now it is {now}")
+            raise UserError(f"--resume: {files.as_flag(name)} was {was}, now it is {now}")
     for what, now in run.data.items():
         was = state.get("data", run.data)[what]
         if was != now:
-            was, now = (
-                f"{len(x)} ({files.some(x)})" if what == "classes" else x for x in (was, now)
-            )
+            if what == "classes":
+                was, now = (f"{len(names)} ({files.some(names)})" for names in (was, now))
             raise UserError(f"--resume: the data are others: {what} was {was}, now it is {now}")
     run.results, run.inits = state["results"], state["inits"]
     run.state = state if state["stage"] else None

@@ -7,6 +7,7 @@ import c2vkd
 import distill
 import manifold
 import tat
+from files import as_flag
 
 METHODS = distill.METHODS | tat.METHODS | manifold.METHODS | c2vkd.METHODS | baselines.METHODS
 PAPERS = {
@@ -136,7 +137,7 @@ def add_flags(parser, flags=FLAGS):
             how = dict(type=kind[0], metavar=kind[0].__name__.upper())
         else:
             how = dict(choices=kind)
-        group.add_argument("--" + name.replace("_", "-"), help=words, **how)
+        group.add_argument(as_flag(name), help=words, **how)
 
 
 def limits(flags=FLAGS):

@@ -33,9 +33,8 @@ def export_scenes(args):
         raise UserError("--count must be at least 1")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root}: not empty; pass a new folder as --out-dir")
-    tmp = root.absolute().with_name(
-        f"{root.absolute().name}.tmp{os.getpid()}"
-    )  # gets its name when it is complete
+    home = root.absolute()
+    tmp = home.with_name(f"{home.name}.tmp{os.getpid()}")  # gets its name when it is complete
     try:
         for folder in ("images", "labels"):
             (tmp / folder).mkdir(parents=True)

@@ -11,7 +11,7 @@ import catalog
 import cnn
 import methods
 import model
-from files import UserError
+from files import UserError, as_flag
 
 # What a first run on each data set should use. Flags win over the recipe, the recipe over these.
 COMMON = dict(
@@ -214,7 +214,7 @@ def resolve(args):
     if args.dataset not in catalog.DATASETS:
         names = ", ".join(catalog.DATASETS)
         raise UserError(f"unknown dataset '{args.dataset}': choose one of {names}")
-    refuse_idle(args)
+    check_idle(args)
     defaults = dict(dtype=fast_dtype(args.device))
     defaults |= DEFAULTS[args.dataset] | (PAPER if args.recipe == "paper" else {})
     defaults.setdefault("protocol", "full")
@@ -255,7 +255,7 @@ def resolve(args):
     check_method(args)
 
 
-def refuse_idle(args):
+def check_idle(args):
     """UserError for a flag that was given and has no effect beside others."""
     idle = []
     if args.recipe == "paper":
@@ -271,7 +271,7 @@ def refuse_idle(args):
     for name, beside in idle:
         value = getattr(args, name)
         if value is not None and value is not False:
-            raise UserError(f"--{name.replace('_', '-')} has no effect with {beside}")
+            raise UserError(f"{as_flag(name)} has no effect with {beside}")
 
 
 def fast_dtype(device):
@@ -287,8 +287,7 @@ def check_limits(args, limits):
     for name, (low, high) in limits.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {value}: must be {low} to {high}")
+            raise UserError(f"{as_flag(name)} {value}: must be {low} to {high}")
 
 
 def build_method(args, name, net, teacher=None):
@@ -315,7 +314,7 @@ def command_line(args, script="train.py"):
     for name, value in (settings(args) | where).items():
         if name in PAPER_DECIDES and getattr(args, "recipe", "") == "paper":
             continue
-        flag = "--" + name.replace("_", "-")
+        flag = as_flag(name)
         if isinstance(value, list):
             words += [flag, *map(str, value)]
         elif isinstance(value, bool):

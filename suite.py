@@ -173,7 +173,7 @@ def where(args, data_dir, folder=None):
     """The flags that say where things are, not what is computed."""
     flags = dict(data_dir=data_dir, cache_dir=args.cache_dir, device=args.device)
     flags |= dict(out_dir=folder and str(folder))
-    words = [w for k, v in flags.items() if v for w in ("--" + k.replace("_", "-"), v)]
+    words = [w for k, v in flags.items() if v for w in (files.as_flag(k), v)]
     return [*words, "--resume"] if folder else words
 
 

@@ -32,8 +32,8 @@ def plain_steps(run_, rates, clip):
     others = [p for p in net.parameters() if p.ndim <= 1]
     groups = [dict(params=matrices), dict(params=others, weight_decay=0)]
     optimizer = torch.optim.AdamW(groups, lr=1, weight_decay=args.weight_decay)
-    pixels = sum(torch.bincount(torch.tensor(run_.train.label(i)).flatten(), minlength=256)
-                 for i in range(len(run_.train)))[:3]  # fmt: skip
+    labels = [torch.tensor(run_.train.label(i)).flatten() for i in range(len(run_.train))]
+    pixels = torch.cat(labels).bincount(minlength=256)[:3]
     class_weights = 1 / torch.log(1.10 + pixels / pixels.sum())
     batches = train.make_batches(run_, run_.train, args.batch_size)
     for step, rate in enumerate(rates):
