@@ -420,16 +420,20 @@ def get_args(argv=None):
     p.add_argument("--student", default="b0", help=f"one of {', '.join(model.MODELS)}")
     p.add_argument("--teacher", default="b2", help=f"one of {', '.join(model.NAMES)}")
     p.add_argument("--method", default="transkd-base", help="a or a+b, as in train.py")
-    p.add_argument("--models", nargs="*", default=["nano", "b0", "b1", "b2"], help="by their cost")
-    p.add_argument("--num-classes", type=int, default=19)
+    p.add_argument(
+        "--models", nargs="*", default=["nano", "b0", "b1", "b2"], help="whose inference is timed"
+    )
+    p.add_argument("--num-classes", type=int, default=19, help="of all nets (19)")
     size = "512x1024" if cuda else "352x480"
     p.add_argument("--size", type=flops.size, default=size, help="HEIGHTxWIDTH of a crop")
     p.add_argument("--batch-size", type=int, default=16 if cuda else 4, help="of a training step")
     batches = [1, 2, 4, 8, 16, 32, 64] if cuda else [1, 2, 4, 8]
     p.add_argument("--batches", type=int, nargs="+", default=batches, help="of inference")
-    p.add_argument("--workers", type=int, default=parallel.spare_cores() if cuda else 0)
+    p.add_argument(
+        "--workers", type=int, default=parallel.spare_cores() if cuda else 0, help="for data"
+    )
     p.add_argument("--seconds", type=float, default=8, help="spent on a step; others take a part")
-    p.add_argument("--device", default="cuda" if cuda else "cpu")
+    p.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda, cuda:N, cpu")
     p.add_argument("--json", help="write every number to this file")
     p.add_argument("--plot", help="draw the inference times into this file")
     return p.parse_args(argv)

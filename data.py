@@ -24,7 +24,7 @@ import prepare
 import scenes
 from catalog import DATASETS, in_parallel, read_image, read_pair
 from distill import IGNORE, paper_weights
-from files import UserError, cli
+from files import UserError, as_flag, cli
 from sources import SOURCES
 
 # ------------------------------------------------------------------------------------------------
@@ -170,6 +170,13 @@ def index_of(sizes):
     sizes = np.asarray(sizes, np.int64)
     ends = np.cumsum(sizes.prod(1))
     return np.column_stack([sizes, np.concatenate([[0], ends[:-1]])])
+
+
+def check_cache(args):
+    """UserError for flags about the cache beside --cache off."""
+    for name in ("cache_dir", "cache_gb"):
+        if args.cache == "off" and getattr(args, name, None) is not None:
+            raise UserError(f"{as_flag(name)} has no effect with --cache off")
 
 
 def cache_folder(data_dir, cache_dir):

@@ -347,13 +347,13 @@ def get_args(argv=None):
     )
     p.add_argument("--data-dir", help="the folder that holds it")
     p.add_argument("--split", help="val (the default), train, or test if there is one")
-    p.add_argument("--cache", choices=("on", "off"), default="on", help="decode the files once")
+    p.add_argument("--cache", choices=("on", "off"), help="on (the default): decode the files once")
     p.add_argument("--cache-dir", help="where (default: .cache beside the data)")
     p.add_argument(
         "--protocol",
         choices=("full", "paper"),
-        help="full (the default): at the size of the labels; paper: at a quarter of it, as TransKD "
-        "was released",
+        help="full (the default): at the size of the labels; paper: as TransKD was released, "
+        "images resized to a shorter side of 512, labels to a quarter of that",
     )
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument(
@@ -375,8 +375,10 @@ def get_args(argv=None):
         "--window", type=int, help="side of a sliding window; for images far larger than crops"
     )
     p.add_argument("--stride", type=int, help="its step (default: 3/4 of the window)")
-    p.add_argument("--batch-size", type=int, default=8, help="images of one size at a time")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--batch-size", type=int, help="images of one size at a time (default: 8)")
+    p.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N, cpu"
+    )
     p.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -386,6 +388,14 @@ def get_args(argv=None):
 
 
 def main(args):
+    scoring = "json dataset data_dir split cache cache_dir protocol batch_size save_preds".split()
+    given = [name for name in scoring if getattr(args, name) not in (None, False)]
+    if args.image and given:
+        raise UserError(f"--image labels photos: {files.as_flag(given[0])} is for scoring")
+    for name, value in dict(split="val", protocol="full", cache="on", batch_size=8).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    data.check_cache(args)
     if args.window is not None and args.window < 32:
         raise UserError(f"--window {args.window}: at least 32, the encoder's coarsest stride")
     if args.stride is not None and not 1 <= args.stride <= (args.window or 0):
@@ -394,10 +404,6 @@ def main(args):
         raise UserError("--scales must be above 0 and up to 16, --batch-size at least 1")
     if args.short_side is not None and (args.short_side < 32 or not args.image):
         raise UserError("--short-side goes with --image, and is at least 32")
-    scoring = "json dataset data_dir split cache_dir protocol save_preds".split()
-    given = [name for name in scoring if getattr(args, name)]
-    if args.image and given:
-        raise UserError(f"--image labels photos: {files.as_flag(given[0])} is for scoring")
     if args.out_dir and not args.image:
         raise UserError("--out-dir goes with --image; --save-preds writes what is scored")
     if args.save_preds and args.protocol == "paper":
@@ -405,7 +411,6 @@ def main(args):
             "--save-preds goes with --protocol full: predictions at the labels' own size"
         )
     args.device = model.get_device(args.device)
-    args.split, args.protocol = args.split or "val", args.protocol or "full"
     model.keep_memory()
     views = dict(scales=args.scales, flip=args.flip, window=args.window)
     views["stride"] = args.stride or (args.window or 0) * 3 // 4

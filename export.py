@@ -127,7 +127,7 @@ def hf_configs(net, facts, mean_std):
         mlp_ratios=[4] * 4,
         patch_sizes=(7, 3, 3, 3),
         strides=(4, 2, 2, 2),
-        layer_norm_eps=1e-6,  # ours in the blocks; transformers up to 5.23 has 1e-5 all the same
+        layer_norm_eps=1e-6,  # ours in the blocks; transformers (5.24) has 1e-5 all the same
         semantic_loss_ignore_index=IGNORE,
         id2label=dict(enumerate(classes)),
         label2id={name: k for k, name in enumerate(classes)},

@@ -142,7 +142,7 @@ def size(text):
 def get_args(argv=None):
     p = argparse.ArgumentParser(description="Count parameters and GMACs", allow_abbrev=False)
     p.add_argument("--model", nargs="+", help=f"of {', '.join(model.NAMES)} (default: b0 b2)")
-    p.add_argument("--num-classes", type=int, default=19)
+    p.add_argument("--num-classes", type=int, default=19, help="outputs a pixel (default: 19)")
     p.add_argument("--size", type=size, default="512x1024", help="HEIGHTxWIDTH of the image")
     p.add_argument(
         "--method",
@@ -151,7 +151,11 @@ def get_args(argv=None):
     p.add_argument("--teacher", help="the teacher of --method (default: b2)")
     p.add_argument("--csf-norm", choices=("none", "batch"), help="as in train.py")
     p.add_argument("--latency", action="store_true", help="also time a forward pass at batch 1")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="of --latency: cuda, cuda:N, cpu",
+    )
     p.add_argument("--json", action="store_true", help="print a JSON list")
     return p.parse_args(argv)
 

@@ -75,15 +75,19 @@ def centre(image, size):
     return image[top : top + size, left : left + size]
 
 
-def find(root, split, store):
-    """The photos of root/split/CLASS and of the folders in there, class by class in their order."""
+def find(root, split, store, limit=None):
+    """The photos of root/split/CLASS and of the folders in there, class by class in their order.
+
+    limit: how many of the classes, the first by name.
+    """
     folder = Path(root) / split
     layout = f"expected {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {layout}")
     classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
-    if len(classes) < 2:
-        raise UserError(f"{folder}: {len(classes)} folders of classes, 2 at least; {layout}")
+    if len(classes) < (least := limit or 2):
+        raise UserError(f"{folder}: {len(classes)} folders of classes, {least} at least; {layout}")
+    classes = classes[:limit]
     names, labels = [], []
     for label, name in enumerate(classes):
         found = []
@@ -98,9 +102,12 @@ def find(root, split, store):
     return Photos(folder, np.array(names), np.array(labels), classes, store)
 
 
-def open_splits(root, store, cache="on", cache_dir=None, cache_gb=None):
-    """The photos of train and val, decoded once into a cache unless that is off or too large."""
-    splits = [find(root, split, store) for split in ("train", "val")]
+def open_splits(root, store, cache="on", cache_dir=None, cache_gb=None, limit=None):
+    """The photos of train and val, decoded once into a cache unless that is off or too large.
+
+    limit: how many of the classes, the first by name.
+    """
+    splits = [find(root, split, store, limit) for split in ("train", "val")]
     train, val = (split.classes for split in splits)
     odd = sorted({*train} ^ {*val})
     if odd:

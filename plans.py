@@ -114,8 +114,8 @@ REDUCED = dict(
     pretrain="--size 64 --batch-size 128 --epochs 10 --lr 1e-3 --area 0.3 1 --colour 0.2 "
     "--dtype bfloat16",
     mit="--drop-path 0",
-    vit="--patch 16",
-    pairs={("b0", "nano"): "--epochs 2", ("vit_small", "vit_tiny"): "--epochs 2"},
+    vit="--patch 16 --classes 20 --batch-size 64 --epochs 16 --lr 5e-4",
+    pairs={("b0", "nano"): "--epochs 2", ("vit_small", "vit_tiny"): "--epochs 4"},
     train="--batch-size 8 --dtype bfloat16",
     also={"cirkd": "--cirkd-pixel-contrast 512 --cirkd-region-contrast 128"},
     data={
@@ -139,7 +139,7 @@ SMALL = REDUCED | dict(
     "ImageNet, small crops, few steps: no net is near what it could reach.",
     seeds=dict(main=2, labels=1, ablations=2, methods=1, photos=2),
     pretrain="--size 64 --batch-size 128 --epochs 3 --lr 1e-3 --area 0.3 1 --colour 0.2",
-    pairs={("b0", "nano"): "--epochs 1"},
+    pairs={("b0", "nano"): "--epochs 1", ("vit_small", "vit_tiny"): "--epochs 4"},
     train="--batch-size 8",
     data={
         "camvid": REDUCED["data"]["camvid"],

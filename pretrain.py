@@ -21,6 +21,7 @@ from torch import nn
 import augment
 import baselines
 import classifiers
+import data
 import distill
 import files
 import loop
@@ -56,11 +57,15 @@ FLAGS = {
     for name, how in methods.FLAGS.items()
     if name in ("kd_weight", "temperature", "tat_axis") or name.startswith("manifold_")
 }
-FLAGS |= {"tat_weight": (methods.WEIGHT, "of tat; as published 0.2, and with kd 0.1")}
+FLAGS |= {
+    "tat_weight": (methods.WEIGHT, "of tat; as published 0.2, and with kd 0.1"),
+    "kd_weight": (methods.WEIGHT, "of the soft labels (default: 0.5; with manifold 1)"),
+}
 LIMITS = settings.LIMITS | methods.limits(FLAGS)
 LIMITS |= dict.fromkeys("ce_weight mixup cutmix".split(), (0, 1e9))
 LIMITS |= dict.fromkeys("label_smoothing drop_path".split(), (0, 0.999))
-LIMITS |= dict.fromkeys("size store patch".split(), (1, 4096)) | dict(epochs=(1e-9, 1e9))
+LIMITS |= dict.fromkeys("size store patch".split(), (1, 4096))
+LIMITS |= dict(epochs=(1e-9, 1e9), classes=(2, 10**9))
 
 
 def get_args(argv=None):
@@ -69,6 +74,7 @@ def get_args(argv=None):
         allow_abbrev=False,
     )
     p.add_argument("--data-dir", required=True, help="holds train/CLASS/*.jpg and val/CLASS/*.jpg")
+    p.add_argument("--classes", type=int, help="only so many, the first by name (default: all)")
     p.add_argument("--model", default="b0", help=f"one of {', '.join(classifiers.NAMES)}")
     p.add_argument("--size", type=int, default=224, help="height and width of what the net sees")
     p.add_argument(
@@ -87,7 +93,9 @@ def get_args(argv=None):
     p.add_argument("--teacher", help="an encoder.pt: a classifier of the same classes teaches")
     p.add_argument("--method", default="none", help=f"of distillation: {', '.join(WEIGHTS)}")
     p.add_argument(
-        "--ce-weight", type=float, help="of the labels; as published for the method, alone 1"
+        "--ce-weight",
+        type=float,
+        help="of the labels (default: 1; kd 0.5, tat 0.1, tat+kd 0.5, manifold+kd 0)",
     )
     methods.add_flags(p, FLAGS)
     # how long, how fast
@@ -104,8 +112,18 @@ def get_args(argv=None):
     p.add_argument("--decay", choices=("cosine", "linear"), default="cosine", help="of the rate")
     p.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
-    p.add_argument("--label-smoothing", type=float, help="of the cross-entropy (default: 0.1)")
-    # augmentation
+    p.add_argument(
+        "--label-smoothing",
+        type=float,
+        help="of the cross-entropy, if it counts (default: 0.1)",
+    )
+    add_augmentation_flags(p)
+    settings.add_run_flags(p, eval_batch_size=64)
+    return p.parse_args(argv)
+
+
+def add_augmentation_flags(p):
+    """What happens to a photo on its way into a batch."""
     p.add_argument(
         "--area",
         type=float,
@@ -116,13 +134,12 @@ def get_args(argv=None):
     p.add_argument("--colour", type=float, default=0.5, help="strength of its changes; 0: none")
     p.add_argument("--mixup", type=float, default=0.0, help="A of Beta(A, A), e.g. 0.8; 0: none")
     p.add_argument("--cutmix", type=float, default=0.0, help="likewise, e.g. 1; both: by a coin")
-    settings.add_run_flags(p, eval_batch_size=64)
-    return p.parse_args(argv)
 
 
 def resolve(args):
     """Fill in what was not given, and check what can be checked before the data."""
     settings.check_limits(args, LIMITS)
+    data.check_cache(args)
     if args.method not in WEIGHTS:
         raise UserError(f"unknown method '{args.method}': choose one of {', '.join(WEIGHTS)}")
     if bool(args.teacher) != (args.method != "none"):
@@ -168,8 +185,8 @@ def open_run(args):
     place = loop.start(args, [args.batch_size], ("encoder.pt",))
     if (args.mixup or args.cutmix) and args.batch_size // args.accumulate // place["world"] % 2:
         raise UserError("--mixup and --cutmix take photos in pairs: an even number a process")
-    cache = args.store, args.cache, args.cache_dir, args.cache_gb
-    train, val = parallel.first_then_others(lambda: photos.open_splits(args.data_dir, *cache))
+    how = args.store, args.cache, args.cache_dir, args.cache_gb, args.classes
+    train, val = parallel.first_then_others(lambda: photos.open_splits(args.data_dir, *how))
     if args.workers is None:
         busy = place["device"].type == "cuda" or not train.packed  # to decode is what takes time
         args.workers = parallel.spare_cores() if busy else 0

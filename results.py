@@ -18,8 +18,9 @@ TITLES = {
     "methods": "Other methods",
 }
 REFERENCE = "transkd-base"  # stands in every table, as teacher and student alone do
-PICTURE = """Thin lines: along a training. Dots: the ends of trainings of one, two or four times the
-steps, each with a schedule of its own, means and standard deviations."""
+PICTURE = """Dots: the ends of trainings of one, two or four times the steps, each with a schedule
+of its own, means and standard deviations; dashed: from one to the next. Thin lines, where there are
+any: along a training."""
 
 
 def read(path):
@@ -162,12 +163,13 @@ def encoders(jobs):
 
 INTRODUCTION = """# Results
 
-Written by `suite.py`: every number comes from a run whose command is below. mIoU, accuracy of
-pixels and boundary IoU by the full-resolution protocol on the validation images, beside them mIoU
-by the paper's, at a quarter of that (`eval.py --protocol paper`). *Of the way*: from the student
-alone, with as many steps, to the teacher. Means and standard deviations over seeds. What a command
-does not say is the same for all students; where data and results lie (`--data-dir`, `--out-dir`) is
-left out. Minutes are those of training, by the clock, whatever else the machine did.
+Written by `suite.py`: every number comes from a run whose command is below, for its first seed.
+mIoU, accuracy of pixels and boundary IoU by the full-resolution protocol on the validation images;
+beside them mIoU by the paper's (`eval.py --protocol paper` of the same net). *Of the way*: from the
+student alone, with as many steps and without class weights, to the teacher. Means and standard
+deviations over seeds. What a command does not say is the same for all students; where data and
+results lie (`--data-dir`, `--out-dir`) is left out. Minutes are those of training, by the clock,
+whatever else the machine did.
 
 Each data set has the plan and the hardware of its own last run: compare within a section.
 """

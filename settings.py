@@ -9,6 +9,7 @@ import torch
 
 import catalog
 import cnn
+import data
 import methods
 import model
 from files import UserError, as_flag
@@ -100,10 +101,9 @@ def get_args(argv=None):
     p.add_argument(
         "--teacher-init",
         help="scratch, or weights: a file, a folder, a name on the hub, torchvision/NAME (default: "
-        "ImageNet's, nvidia/mit-TEACHER or of torchvision; scratch if they cannot be had, and for "
-        "scenes)",
+        "ImageNet's, of the hub or torchvision; scratch if they cannot be had, and for scenes)",
     )
-    p.add_argument("--student-init", default="scratch", help="likewise; default: scratch")
+    p.add_argument("--student-init", default="scratch", help="likewise (default: scratch)")
     p.add_argument(
         "--method", default="transkd-base", help=f"{', '.join(methods.METHODS)}; a+b; list"
     )
@@ -164,7 +164,7 @@ def add_training_flags(p):
         "--class-weights",
         choices=("none", "paper"),
         help="paper: rare classes count more in the cross-entropy, as in TransKD, up to 8 times; "
-        "none: all pixels alike, which gets more of them right and fewer of the classes",
+        "none: all pixels alike, as most methods were published",
     )
     # augmentation
     p.add_argument("--crop-size", type=int, nargs="+", help="height and width, or one for both")
@@ -175,8 +175,8 @@ def add_training_flags(p):
     p.add_argument(
         "--protocol",
         choices=("full", "paper"),
-        help="of scoring; full: at the size of the labels, paper: at a quarter of it, as TransKD "
-        "was released",
+        help="of scoring; full: at the size of the labels; paper: as TransKD was released, images "
+        "resized to a shorter side of 512, labels to a quarter of that",
     )
 
 
@@ -188,9 +188,11 @@ def add_run_flags(p, eval_batch_size=8):
     p.add_argument("--cache", choices=("on", "off"), default="on", help="decode the files once")
     p.add_argument("--cache-dir", help="where to (default: .cache beside the data)")
     p.add_argument(
-        "--cache-gb", type=float, help="no larger cache than this (default: half the free disk)"
+        "--cache-gb", type=float, help="no split larger than this (default: half the free disk)"
     )
-    p.add_argument("--workers", type=int, help="processes that prepare batches; 0: the main one")
+    p.add_argument(
+        "--workers", type=int, help="that prepare batches (default: spare cores, if there is work)"
+    )
     p.add_argument("--seed", type=int, default=0, help="of weights, batches and drops alike")
     p.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N, cpu"
@@ -215,6 +217,7 @@ def resolve(args):
         names = ", ".join(catalog.DATASETS)
         raise UserError(f"unknown dataset '{args.dataset}': choose one of {names}")
     check_idle(args)
+    data.check_cache(args)
     defaults = dict(dtype=fast_dtype(args.device))
     defaults |= DEFAULTS[args.dataset] | (PAPER if args.recipe == "paper" else {})
     defaults.setdefault("protocol", "full")
@@ -264,8 +267,6 @@ def check_idle(args):
         idle += [(name, "--method none") for name in ("teacher_ckpt", "alone", *OF_A_TEACHER)]
     elif args.teacher_ckpt:
         idle += [(name, "--teacher-ckpt") for name in OF_A_TEACHER]
-    if args.cache == "off":
-        idle += [(name, "--cache off") for name in ("cache_dir", "cache_gb")]
     if args.dataset == "scenes":
         idle += [(name, "the drawn scenes") for name in ("data_dir", "cache_dir", "cache_gb")]
     for name, beside in idle:

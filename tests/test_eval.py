@@ -258,6 +258,8 @@ def test_json_is_one_object_and_nothing_else(monkeypatch, capsys, folder, ckpt):
         (["--device", "abacus"], "--device abacus: "),
         (["--out-dir", "somewhere"], "--out-dir goes with --image"),
         (["--image", "x.png"], "--image labels photos: --data-dir is for scoring"),
+        (["--batch-size", "0"], "--batch-size at least 1"),
+        (["--cache", "off", "--cache-dir", "c"], "--cache-dir has no effect with --cache off"),
     ],
 )
 def test_mistakes(monkeypatch, folder, ckpt, more, message):

@@ -150,6 +150,10 @@ def test_order_and_labels_are_those_of_imagefolder(tree, tmp_path):
     assert split.classes == theirs.classes
     assert [str(split.path(i)) for i in range(len(split))] == [path for path, _ in theirs.samples]
     assert split.labels.tolist() == theirs.targets
+    few = photos.find(tree, "train", 1000, limit=2)
+    kept = [(path, k) for path, k in theirs.samples if k < 2]
+    assert few.classes == theirs.classes[:2]
+    assert [(str(few.path(i)), few.labels[i]) for i in range(len(few))] == kept
 
 
 def test_cache_holds_what_the_files_say(tree, tmp_path, monkeypatch):
@@ -646,6 +650,9 @@ MISTAKES = {
         lambda d: (d / "val/thing0/1.png").write_bytes(b""),
         "thing0/1.png: cannot be read as an image",
     ),
+    "no cache": (["--cache", "off", "--cache-gb", "1"], None, "has no effect with --cache off"),
+    "too few classes": (["--classes", "4"], None, "train: 3 folders of classes, 4 at least"),
+    "one class": (["--classes", "1"], None, "--classes 1: must be 2 to"),
     "small size": (["--size", "31"], None, "--size 31: nano needs 32 at least"),
     "odd size": (["--model", "vit_tiny", "--size", "60"], None, "cuts it into patches of 8"),
     "zero size": (["--size", "0"], None, "--size 0: must be 1 to 4096"),
@@ -728,6 +735,9 @@ def test_checkpoints_of_another_kind(tree, tmp_path, teacher):
     tree4 = write_photos(tmp_path / "four", classes=4)
     with pytest.raises(UserError, match="knows 3 classes .thing0, thing1, thing2., .* has 4"):
         run(tree4, tmp_path / "out", "--teacher", teacher, "--method", "kd")
+    run(tree4, tmp_path / "three", "--teacher", teacher, "--method", "kd", "--classes", "3")
+    known = classifiers.load(tmp_path / "three/encoder.pt")[1]["classes"]
+    assert known == ["thing0", "thing1", "thing2"]
     net, facts = classifiers.load(teacher)
     state = net.state_dict()
     del state["classifier.bias"]
