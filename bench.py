@@ -490,12 +490,10 @@ def main(args):
     for section in args.only:
         tree[section] = SECTIONS[section](args, peaks)
     if args.json:
-        with files.atomic(args.json) as tmp:
-            Path(tmp).write_text(json.dumps(tree, indent=1) + "\n")
+        files.write_text(args.json, json.dumps(tree, indent=1) + "\n")
     if args.plot:
         plot(tree["inference"], args.plot)
 
 
 if __name__ == "__main__":
-    cli_args = get_args()
-    files.cli(main, cli_args)
+    files.cli(main, get_args())

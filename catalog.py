@@ -61,10 +61,10 @@ VOC_COLOURS = ((0, 0, 0), *colours(20))
 
 
 def label_table(ids, ignored=()):
-    """ids: the value of each class in the files, or their number if that is 0, 1, 2, ..."""
+    """ids: the classes' values in files, or their number if 0, 1, ...; ignored: others of void."""
     table = np.full(256, -1, np.int16)
     ids = range(ids) if isinstance(ids, int) else ids
-    table[list(ignored)] = IGNORE
+    table[[*ignored, IGNORE]] = IGNORE
     table[list(ids)] = np.arange(len(ids))
     return table
 
@@ -130,7 +130,7 @@ def with_colours(names):
 def open_scenes():
     names, palette = zip(*scenes.CLASSES)
     pairs = {split: list(range(a, a + n)) for split, (a, n) in scenes.SPLITS.items()}
-    return Dataset("scenes", names, palette, label_table(len(names), [IGNORE]), pairs)
+    return Dataset("scenes", names, palette, label_table(len(names)), pairs)
 
 
 def open_camvid(root):
@@ -142,7 +142,7 @@ def open_camvid(root):
         images, labels = files_in(root / split), files_in(root / f"{split}annot", (".png",))
         pairs[split] = pair_up(images, labels, sorted(images.keys() | labels.keys()), root / split)
     names, palette = zip(*CAMVID)
-    return Dataset("camvid", names, palette, label_table(11, [11, IGNORE]), pairs)
+    return Dataset("camvid", names, palette, label_table(11, [11]), pairs)
 
 
 def open_folder(root, name="folder", classes=None):
@@ -166,7 +166,7 @@ def open_folder(root, name="folder", classes=None):
     elif classes is None:
         classes = count_classes(labelled, root)
     names, palette = zip(*classes)
-    return Dataset(name, names, palette, label_table(len(names), [IGNORE]), pairs)
+    return Dataset(name, names, palette, label_table(len(names)), pairs)
 
 
 def open_nyuv2(root):
@@ -226,8 +226,8 @@ def open_street(root, images, labels, ids):
     if "test" in pairs:  # its labels are withheld, or are dummies
         pairs["test"] = [(s, i, p if p.exists() else None) for s, i, p in pairs["test"]]
     if by_train_id:
-        return label_table(19, [IGNORE]), pairs
-    return label_table(ids, [*range(34), IGNORE]), pairs  # 255 is id -1, the license plate
+        return label_table(19), pairs
+    return label_table(ids, range(34)), pairs  # 255 is id -1, the license plate
 
 
 def open_voc2012(root):
@@ -242,7 +242,7 @@ def open_voc2012(root):
         labels = files_in(root / "SegmentationClassAug", (".png",))
         stems = [Path(line.split()[-1]).stem for line in read_lines(lists / "trainaug.txt")]
         pairs["train"] = pair_up(images, labels, stems, lists / "trainaug.txt")
-    return Dataset("voc2012", VOC, VOC_COLOURS, label_table(21, [IGNORE]), pairs)
+    return Dataset("voc2012", VOC, VOC_COLOURS, label_table(21), pairs)
 
 
 def open_ade20k(root):
@@ -255,7 +255,7 @@ def open_ade20k(root):
         stems = sorted(images.keys() | labels.keys())
         pairs[split] = pair_up(images, labels, stems, root / "images" / folder)
     ids = tuple(range(1, 151))  # 0 is "other objects"
-    return Dataset("ade20k", ADE20K, colours(150), label_table(ids, [0, IGNORE]), pairs, ids)
+    return Dataset("ade20k", ADE20K, colours(150), label_table(ids, [0]), pairs, ids)
 
 
 def open_cocostuff164k(root):
@@ -268,7 +268,7 @@ def open_cocostuff164k(root):
         labels = {s: p for s, p in labels.items() if not s.endswith("_labelTrainIds")}
         pairs[split] = pair_up(images, labels, sorted(labels), maps / f"{split}2017")
     ids = tuple(k for k in range(182) if k not in COCO_STUFF_UNUSED)
-    table = label_table(ids, [*COCO_STUFF_UNUSED, IGNORE])
+    table = label_table(ids, COCO_STUFF_UNUSED)
     return Dataset("cocostuff164k", COCO_STUFF, colours(171), table, pairs, ids)
 
 
@@ -280,7 +280,7 @@ def open_cocostuff10k(root):
         path = root / "imageLists" / f"{name}.txt"
         pairs[split] = pair_up(images, labels, read_lines(path), path)
     ids = tuple(k + 1 for k in range(182) if k not in COCO_STUFF_UNUSED)  # 0 is unlabelled
-    table = label_table(ids, [0, *(k + 1 for k in COCO_STUFF_UNUSED), IGNORE])
+    table = label_table(ids, [0, *(k + 1 for k in COCO_STUFF_UNUSED)])
     return Dataset("cocostuff10k", COCO_STUFF, colours(171), table, pairs, ids)
 
 
@@ -305,11 +305,8 @@ def inside(root, *names):
 
 def read_lines(path):
     try:
-        return [
-            line.strip()
-            for line in path.read_text(encoding="utf-8-sig").splitlines()
-            if line.strip()
-        ]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return [line.strip() for line in lines if line.strip()]
     except FileNotFoundError:
         raise Missing(f"{path}: no such file (it lists the split's stems, one a line)") from None
     except UnicodeDecodeError:

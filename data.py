@@ -21,7 +21,6 @@ import torch
 
 import doctor
 import prepare
-import scenes
 from catalog import DATASETS, in_parallel, read_image, read_pair
 from distill import IGNORE, paper_weights
 from files import UserError, as_flag, cli
@@ -65,8 +64,7 @@ class Files:
         return read_pair(self.pairs[i], self.table)
 
     def image(self, i):
-        pair = self.pairs[i]
-        return scenes.draw(pair)[0] if isinstance(pair, int) else read_image(pair[1])
+        return read_image(self.pairs[i][1])
 
     def label(self, i):
         return self.pair(i)[1]
@@ -132,12 +130,8 @@ def open_split(dataset, split, data_dir=None, cache="on", cache_dir=None, cache_
     folder = (
         cache_folder(data_dir, cache_dir) / f"{dataset.name}-{split}-{cache_key(dataset, pairs)}"
     )
-    if not folder.is_dir():
-        pixels = sum(files.label(i).size for i in range(min(len(files), 8))) / min(len(files), 8)
-        title = f"{dataset.name}/{split}"
-        if too_large(4 * pixels * len(files), folder.parent, cache_gb, title):
-            return files
-        build_cache(folder, files, title)
+    if not is_cached(folder, files, f"{dataset.name}/{split}", cache_gb):
+        return files
     return Packed(
         np.memmap(folder / "images.bin", np.uint8, "r"),
         np.memmap(folder / "labels.bin", np.uint8, "r"),
@@ -145,15 +139,25 @@ def open_split(dataset, split, data_dir=None, cache="on", cache_dir=None, cache_
     )
 
 
-def too_large(need, folder, cache_gb, title):
-    """Whether a cache of `need` bytes would pass --cache-gb, or half of what is free there."""
-    limit = shutil.disk_usage(folder).free / 2 / 1e9 if cache_gb is None else cache_gb
-    if need / 1e9 > limit:
+def is_cached(folder, split, title, cache_gb):
+    """Whether a folder holds what is in a split, which is decoded now if it was not.
+
+    False if that would pass --cache-gb, or half of what is free there.
+    """
+    if folder.is_dir():
+        return True
+    sample = np.linspace(0, len(split) - 1, min(len(split), 32)).astype(int)
+    bytes_each = np.mean([sum(part.nbytes for part in split.pair(i)) for i in sample])
+    need = bytes_each * len(split) / 1e9
+    limit = shutil.disk_usage(folder.parent).free / 2 / 1e9 if cache_gb is None else cache_gb
+    if need > limit:
         print(
-            f"{title}: about {need / 1e9:.1f} GB decoded, more than --cache-gb {limit:.1f}: no "
-            "cache, the files are read by worker processes"
+            f"{title}: about {need:.1f} GB decoded, more than --cache-gb {limit:.1f}: no cache, "
+            "the files are read by worker processes"
         )
-    return need / 1e9 > limit
+        return False
+    build_cache(folder, split, title)
+    return True
 
 
 def pack_scenes(pairs, table):
@@ -204,21 +208,18 @@ def cache_key(dataset, pairs):
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def build_cache(folder, files, title, write=None):
-    """Decode all files, in parallel, into a folder that gets its name when it is complete.
-
-    write(files, folder, title) puts the pixels there and returns the images' sizes (N, 2).
-    """
+def build_cache(folder, split, title):
+    """Decode a split, in parallel, into a folder that gets its name when it is complete."""
     tmp = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
     for old in folder.parent.glob(f"{folder.name}.tmp*"):
         if time.time() - old.stat().st_mtime > 600:  # nobody works on it: a build that was killed
             shutil.rmtree(old, ignore_errors=True)
     try:
         tmp.mkdir()
-        np.save(tmp / "index.npy", index_of((write or decode)(files, tmp, title)))
+        np.save(tmp / "index.npy", index_of(decode(split, tmp, title)))
         try:
             os.rename(tmp, folder)
-            print(f"cache {title}: {len(files)} images in {folder}", flush=True)
+            print(f"cache {title}: {len(split)} images in {folder}", flush=True)
         except OSError:
             if not folder.is_dir():  # if it is, another process was faster: use its result
                 raise
@@ -228,14 +229,14 @@ def build_cache(folder, files, title, write=None):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def decode(files, folder, title):
-    """Append every image and label to images.bin and labels.bin, in order; returns their sizes."""
+def decode(split, folder, title):
+    """Append every image and label to images.bin and labels.bin, in order; the images' sizes."""
     sizes = []
     with open(folder / "images.bin", "wb") as images, open(folder / "labels.bin", "wb") as labels:
-        for image, label in in_parallel(files.pair, range(len(files)), f"cache {title}"):
+        for image, label in in_parallel(split.pair, range(len(split)), f"cache {title}"):
             images.write(image.tobytes())
             labels.write(label.tobytes())
-            sizes.append(label.shape)
+            sizes.append(image.shape[:2])
             os.utime(folder)  # still alive
     return sizes
 
@@ -305,5 +306,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli_args = get_args()
-    cli(main, cli_args)
+    cli(main, get_args())

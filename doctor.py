@@ -7,7 +7,6 @@ Every file is read once, and little is kept of it (`Seen`); `mistakes.py` knows 
 import collections
 import dataclasses
 import functools
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 
 import catalog
+import downloads
 import mistakes
 from catalog import files_in, in_parallel, open_image
 from distill import IGNORE, paper_weights
@@ -126,7 +126,7 @@ def count_classes(dataset, splits):
     n = int(max(values, default=0)) + 1
     print(f"no classes.txt: {n} classes, counted in the labels")
     kept = dict(classes=dataset.classes[:n], palette=dataset.palette[:n])
-    return dataclasses.replace(dataset, table=catalog.label_table(n, [IGNORE]), **kept)
+    return dataclasses.replace(dataset, table=catalog.label_table(n), **kept)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -153,7 +153,8 @@ def check(args):
     if not in_values:
         tell("perhaps", filter(None, [judge(splits, dataset) for judge in mistakes.PERHAPS]))
     twice = same_images(dataset.pairs)
-    print("".join(f"{words}\n" for words in twice), end="")
+    for words in twice:
+        print(words)
     if args.dataset != "scenes":
         report_spare_files(Path(args.data_dir), dataset)
     problems = [*in_files, *in_values, *twice, *errors]
@@ -167,7 +168,8 @@ def first_of(judges, files, dataset):
 
 
 def tell(how_sure, found):
-    print("".join(f"  {how_sure}: {words}\n" for words in found), end="")
+    for words in found:
+        print(f"  {how_sure}: {words}")
 
 
 def report(split, files, dataset, in_split):
@@ -203,7 +205,7 @@ def same_images(pairs):
     the same name, or as another, same file."""
     splits = [split for split in ("train", "unlabelled") if split in pairs]
     found = [words for split in (*splits, "val") for words in repeated(split, pairs)]
-    digest = functools.cache(lambda path: hashlib.sha256(path.read_bytes()).digest())
+    digest = functools.cache(downloads.digest)
     return found + [words for split in splits for words in same_as_in_val(split, pairs, digest)]
 
 

@@ -15,7 +15,7 @@ import urllib.request
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from files import UserError, atomic
+from files import UserError, nearest_existing, write_text
 
 TRIES = 4  # of a download that gets no further
 PAUSE = 2  # seconds before the second try; twice as long before each further one
@@ -46,9 +46,7 @@ def progress(title, total, done=0):
 
 def need_space(folder, need, what):
     """UserError if `need` bytes do not fit on the disk of `folder`, which need not be there yet."""
-    folder = Path(folder).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = nearest_existing(folder)
     free = shutil.disk_usage(folder).free
     if need > free:
         raise UserError(f"{what} needs {need / 1e9:.3g} GB, {folder} has {free / 1e9:.3g} GB free")
@@ -104,11 +102,10 @@ def download(url, path, size=None, sha256=None, md5=None):
     wrong = wrong_file(part, size, sha256, md5)
     if wrong:
         part.unlink()
-    else:
-        os.replace(part, path)
-    note.unlink(missing_ok=True)
-    if wrong:
+        note.unlink(missing_ok=True)
         raise UserError(f"{url}: {wrong}; the download is removed: try again, or {by_hand}")
+    os.replace(part, path)
+    note.unlink(missing_ok=True)
 
 
 def fetch(url, part, note, size, checked):
@@ -145,10 +142,9 @@ def fetch(url, part, note, size, checked):
                 raise UserError(f"{url}: {total} bytes, expected {size}: {words}")
             tag, date = reply.headers.get("ETag", ""), reply.headers.get("Last-Modified")
             part.unlink(missing_ok=True)  # before the note: they must never disagree
-            with atomic(note) as tmp:  # a weak tag, W/"...", does not promise the same bytes
-                version = tag if tag.startswith('"') else date
-                about = {"url": url, "version": version, "total": total}
-                Path(tmp).write_text(json.dumps(about))
+            # a weak tag, W/"...", does not promise the same bytes
+            version = tag if tag.startswith('"') else date
+            write_text(note, json.dumps({"url": url, "version": version, "total": total}))
         need_space(part.parent, (total or 0) - have, title)
         length = f", {total / 1e6:.1f} MB" if total else ""
         at = f", going on at {have / 1e6:.1f} MB" if have else ""
@@ -223,10 +219,10 @@ def unpack(archive, folder, only=None):
     try:
         with open_archive(archive) as box:
             members, top = choose(list_members(box), archive, only)
-            names = {path.relative_to(top).parts[:1] for _, path, _ in members} - {()}
+            names = {path.relative_to(top).parts[0] for _, path, _ in members if path != top}
             for name in sorted(names):
-                if os.path.lexists(folder.joinpath(*name)):
-                    raise UserError(f"{folder.joinpath(*name)} is in the way: remove it first")
+                if os.path.lexists(folder / name):
+                    raise UserError(f"{folder / name} is in the way: remove it first")
             total = sum(size for _, _, size in members)
             need_space(folder, total, f"{archive}, unpacked,")
             shutil.rmtree(tmp, ignore_errors=True)  # of a run that was killed

@@ -132,14 +132,12 @@ def slide(net, x, window, stride):
     """Mean logits (B, K, H, W) of windows that cover x (B, 3, H, W), the last at its very end."""
     H, W = x.shape[2:]
     starts = [sorted({*range(0, max(n - window, 0), stride), max(n - window, 0)}) for n in (H, W)]
-    total, count = 0, torch.zeros(H, W, device=x.device)
+    total = torch.zeros(len(x), net.num_classes, H, W, device=x.device)
+    count = torch.zeros(H, W, device=x.device)
     for top in starts[0]:
         for left in starts[1]:
             at = (..., slice(top, top + window), slice(left, left + window))
-            logits = net(x[at]).logits
-            if isinstance(total, int):
-                total = torch.zeros(len(x), logits.shape[1], H, W, device=x.device)
-            total[at] += resize(logits.float(), x[at].shape[2:])
+            total[at] += resize(net(x[at]).logits.float(), x[at].shape[2:])
             count[at[1:]] += 1
     return total / count
 
@@ -202,29 +200,26 @@ def evaluate(
     rank, world = rank_and_world()
     K, training = net.num_classes, net.training
     net.eval()
+    short_side = 512 if protocol == "paper" else facts["resize"]
     names = sorted(set(parts or [""]))
     # of each part: the confusion matrix, then intersections and unions of the boundaries
     counts = torch.zeros(len(names), K + 2, K, dtype=torch.int64, device=device)
     progress = files.Progress("scoring", len(split), every=math.inf if rank else 5.0)
     for indices, images in groups(split, range(rank, len(split), world), batch_size):
         labels = [split.label(i) for i in indices]
+        x = torch.cat([prepare(image, facts, short_side) for image in images])
         if protocol == "paper":
-            x = torch.cat([prepare(image, facts, 512) for image in images])
             quarter = tuple(int(n / 4 + 0.5) for n in x.shape[2:])
             labels = [nearest(label, quarter) for label in labels]
-        else:
-            x = torch.cat([prepare(image, facts, facts["resize"]) for image in images])
         y = torch.from_numpy(np.stack(labels)).to(device)
         with autocast(device, dtype):
             p = predict(net, x.to(device), y.shape[1:], **views).argmax(dim=1).to(torch.uint8)
-        mine = [parts[i] if parts else "" for i in indices]
-        for name in set(mine):
-            at = [m == name for m in mine] if parts else slice(None)  # all, and no copy
-            part = counts[names.index(name)]
-            part[:K] += confusion(p[at], y[at], K)
-            part[K:] += boundary_counts(p[at], y[at], K)
-        for i, ids in zip(indices, p.cpu().numpy() if save else ()):
-            save(i, ids)
+        for i, ids, label in zip(indices, p, y):
+            part = counts[names.index(parts[i] if parts else "")]
+            part[:K] += confusion(ids, label, K)
+            part[K:] += boundary_counts(ids[None], label[None], K)
+            if save:
+                save(i, ids.cpu().numpy())
         progress.at(indices[-1] + 1)
     net.train(training)
     if world > 1:
@@ -455,5 +450,4 @@ def score(net, facts, args, views):
 
 
 if __name__ == "__main__":
-    cli_args = get_args()
-    files.cli(main, cli_args)
+    files.cli(main, get_args())

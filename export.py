@@ -295,7 +295,7 @@ FORMS = dict(  # --to: how to write it, the packages that takes, how to open it
 @contextlib.contextmanager
 def staging(out):
     """Yield a new folder. At the end its files move to `out`, each in one step; or they vanish."""
-    here = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())  # same disk
+    here = files.nearest_existing(out)  # on the same disk
     with tempfile.TemporaryDirectory(prefix=".export-", dir=here) as tmp:
         yield Path(tmp)
         out.mkdir(parents=True, exist_ok=True)
@@ -356,5 +356,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli_args = get_args()
-    files.cli(main, cli_args)
+    files.cli(main, get_args())

@@ -52,10 +52,15 @@ def cli(main, args):
         sys.exit(2)
 
 
+def nearest_existing(path):
+    """The path or, if nothing is there yet, the nearest one above it where something is."""
+    path = Path(path).absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 def check_folder(flag, path):
     """UserError if there can be no folder: a file is in its place, or in that of one above it."""
-    path = Path(path)
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    there = nearest_existing(path)
     if not there.is_dir():
         raise UserError(f"{flag} {path}: {there} is a file, not a folder")
 
@@ -91,6 +96,11 @@ def atomic(path):
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
+
+
+def write_text(path, text):
+    with atomic(path) as tmp:
+        Path(tmp).write_text(text)
 
 
 def save_tensors(path, tree):

@@ -186,5 +186,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli_args = get_args()
-    files.cli(main, cli_args)
+    files.cli(main, get_args())

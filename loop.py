@@ -114,8 +114,7 @@ def resume(run):
                 record = json.loads(line)
                 if record["stage"] in run.results or record["step"] <= state["step"]:
                     keep.append(line + "\n")
-        with files.atomic(log) as tmp:
-            Path(tmp).write_text("".join(keep))
+        files.write_text(log, "".join(keep))
 
 
 def save_state(run, stage=None, step=0, parts=None):
@@ -131,8 +130,7 @@ def save_metrics(run, tree):
     """metrics.json: `tree`, the results of all stages, what the run was told, where it ran."""
     tree = tree | run.results | dict(settings=settings(run.args))
     tree |= dict(hardware=hardware(run.device), torch=torch.__version__)
-    with files.atomic(run.out / "metrics.json") as tmp:
-        Path(tmp).write_text(json.dumps(tree, indent=1) + "\n")
+    files.write_text(run.out / "metrics.json", json.dumps(tree, indent=1) + "\n")
 
 
 def catch_signals(run):
@@ -156,14 +154,19 @@ def freeze(net, device):
     return net.eval().requires_grad_(False)
 
 
-def trained_parts(run, learner, lr, decay_everything=False):
+def trained_parts(run, learner, teacher, lr, decay_everything=False):
     """The parts of a stage that training changes: learner (on its device), optimizer, scaler.
 
-    In several processes the learner's batch norms and drops become those of the whole batch.
+    In several processes the learner's batch norms and drops become those of the whole batch. With
+    --compile its calls and the teacher's are compiled, if there is one: those of a step, at its one
+    size. Scoring, at any size, stays as it is.
     """
     learner = learner.to(run.device).to(memory_format=torch.channels_last)
     if run.world > 1:
         learner = parallel.synchronise(learner, run.device)
+    if run.args.compile:
+        for module in filter(None, (learner, teacher)):
+            module.compile()
     groups = parameter_groups(learner, run.args.weight_decay, decay_everything)
     return dict(
         learner=learner,
@@ -172,17 +175,17 @@ def trained_parts(run, learner, lr, decay_everything=False):
     )
 
 
-def run_steps(run, stage, parts, batches, loss_terms, schedule, batch_size, score, count=None):
+def run_steps(run, stage, parts, batches, loss_terms, schedule, score, count=None):
     """The steps of a stage, from the first or where run.state has it, to schedule["total"].
 
     parts: what `trained_parts` returns and, if there is one, ema, a running average of
-    learner.student; batches: host batches by number, `accumulate` a step;
+    learner.student; batches: augment.Batches, `accumulate` of them a step;
     loss_terms(learner, batch): dict of scalars, with a last argument count(batches of a step) if
     there is one; score(net, step): for --eval-every.
     Returns the seconds that it took, of interrupted runs together, scoring left out.
     """
     args, total = run.args, schedule["total"]
-    watch = Watch(run, stage, total, batch_size)
+    watch = Watch(run, stage, total, batches.batch_size * args.accumulate)
     parts = parts | dict(watch=watch)
     first = restore(run, stage, parts)
     learner, optimizer, scaler = parts["learner"], parts["optimizer"], parts["scaler"]

@@ -379,12 +379,6 @@ def turned(splits, dataset):
         )
 
 
-LIKELY_IN_ALL = [
-    all_void,
-    binary,
-    street_classes,
-    from_one,
-    strangers,
-]  # the first that has words is told
+LIKELY_IN_ALL = [all_void, binary, street_classes, from_one, strangers]  # likewise the first
 PERHAPS = [one_class, street_shares, void_class, void_as_zero, first_missing, never_in_train]
 PERHAPS += [never_in_val, void_files, turned]  # all that have words are told

@@ -396,8 +396,8 @@ def recognise(source, state, facts):
         num_classes, width = state["head.classifier.weight"].shape[:2]
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{source}: damaged, {e} is missing") from e
-    blocks = [re.match(r"encoder.stages.(\d).blocks.\d+.norm1.weight", k) for k in state]
-    depths = tuple(sum(bool(b) and int(b[1]) == i for b in blocks) for i in range(4))
+    blocks = re.findall(r"encoder\.stages\.(\d)\.blocks\.\d+\.norm1\.weight", " ".join(state))
+    depths = tuple(blocks.count(str(i)) for i in range(4))
     heads = facts.pop("heads", None)
     for name, shape in MODELS.items():
         if name.startswith("pvt_v2") != pyramid:  # their encoders have the shapes of MiT

@@ -33,7 +33,7 @@ ASPECT = 3 / 4, 4 / 3  # width to height of a random window
 
 @dataclasses.dataclass
 class Photos:
-    """len(), image(i) (H, W, 3) uint8 and labels (N,) int64, the classes' places in `classes`."""
+    """len(), pair(i): image (H, W, 3) uint8 and label int64, the class's place in `classes`."""
 
     folder: Path
     names: np.ndarray  # (N,) bytes, CLASS/FILE: one array, which worker processes share
@@ -44,6 +44,9 @@ class Photos:
 
     def __len__(self):
         return len(self.names)
+
+    def pair(self, i):
+        return self.image(i), self.labels[i]
 
     def path(self, i):
         return self.folder / os.fsdecode(self.names[i])
@@ -126,12 +129,8 @@ def open_cache(photos, home, cache_gb):
     """The decoded photos, decoded now if they were not; None if they are too many."""
     title = f"{photos.folder.name}-{photos.store}"
     folder = home / f"photos-{title}-{cache_key(photos)}"
-    if not folder.is_dir():
-        sample = np.linspace(0, len(photos) - 1, min(len(photos), 32)).astype(int)
-        size = np.mean([photos.image(i).size for i in sample])
-        if data.too_large(size * len(photos), home, cache_gb, title):
-            return None
-        data.build_cache(folder, photos, title, decode)
+    if not data.is_cached(folder, photos, title, cache_gb):
+        return None
     pixels = np.memmap(folder / "images.bin", np.uint8, "r")
     return data.Packed(pixels, None, np.load(folder / "index.npy"))
 
@@ -144,17 +143,6 @@ def cache_key(photos):
         stat = os.stat(os.path.join(folder, name))
         facts.update(b"%s %d %d\n" % (name, stat.st_size, stat.st_mtime_ns))
     return facts.hexdigest()[:16]
-
-
-def decode(photos, folder, title):
-    """Append every photo to images.bin, in order; returns their sizes."""
-    sizes = []
-    with open(folder / "images.bin", "wb") as pixels:
-        for image in catalog.in_parallel(photos.image, range(len(photos)), f"cache {title}"):
-            pixels.write(image.tobytes())
-            sizes.append(image.shape[:2])
-            os.utime(folder)  # still alive
-    return sizes
 
 
 # ------------------------------------------------------------------------------------------------
@@ -211,7 +199,7 @@ def host_batch(photos, step, batch_size, seed, a, rows):
     indices = augment.sample_indices(step, batch_size, len(photos), seed)
     for k in range(batch_size)[rows]:
         rng = np.random.default_rng([seed, 2, step * batch_size + k])  # the place in the stream
-        image = photos.image(indices[k])
+        image, label = photos.pair(indices[k])
         top, left, h, w = window(rng, *image.shape[:2], a.area)
         flip = rng.random() < 0.5
         y, _ = augment.source_positions(a.size, a.size / h, 0, False, h)
@@ -226,7 +214,7 @@ def host_batch(photos, step, batch_size, seed, a, rows):
                 colour=colour,
                 share=np.float32(share),
                 box=np.array(box),
-                label=photos.labels[indices[k]],
+                label=label,
             )
         )
     return augment.collate(items)

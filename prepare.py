@@ -12,7 +12,7 @@ from PIL import Image
 
 import downloads
 import scenes
-from catalog import DATASETS, in_parallel, open_dataset
+from catalog import in_parallel, open_dataset
 from classes import (
     NYU13,
     NYU40,
@@ -22,7 +22,7 @@ from classes import (
     NYU_CLASSES_1_TO_37,
 )
 from distill import IGNORE
-from files import Progress, UserError, atomic
+from files import Progress, UserError, atomic, write_text
 from sources import SOURCES, how_to_get, is_free
 
 
@@ -90,14 +90,16 @@ def download(args):
         downloads.unpack(archives[0], root / where, only)
     if not (root / source["last"]).exists():
         raise UserError(f"{archives[0]}: unpacked, but without {source['last']}: another file?")
-    if name in DATASETS:
-        pairs = open_dataset(name, root).pairs
-        print(
-            f"{root}: " + ", ".join(f"{len(v)} {split}" for split, v in pairs.items()) + " images"
-        )
+    tell_what_is_there(name, root)
     if not args.keep_archive:
         for path in archives:
             path.unlink()
+
+
+def tell_what_is_there(name, root):
+    """As the data set's reader finds it, and what to do next."""
+    pairs = open_dataset(name, root).pairs
+    print(f"{root}: " + ", ".join(f"{len(v)} {split}" for split, v in pairs.items()) + " images")
     print(f"next: python data.py check --dataset {name} --data-dir {root}")
 
 
@@ -115,8 +117,9 @@ def need(module):
 
 def convert_nyuv2(args):
     """python data.py nyuv2: the original MATLAB files in the folder layout."""
-    write_nyuv2(args.mat, args.splits, args.map, args.classes, Path(args.out_dir))
-    print(f"next: python data.py check --dataset nyuv2 --data-dir {args.out_dir}")
+    root = Path(args.out_dir)
+    write_nyuv2(args.mat, args.splits, args.map, args.classes, root)
+    tell_what_is_there("nyuv2", root)
 
 
 def write_nyuv2(mat, splits, class_map, num_classes, root):
@@ -154,9 +157,7 @@ def write_nyuv2(mat, splits, class_map, num_classes, root):
         for _ in in_parallel(write, sorted(sum(lists.values(), [])), "nyuv2"):
             pass
     for name, numbers in lists.items():
-        with atomic(root / f"{name}.txt") as tmp:
-            Path(tmp).write_text("".join(f"{number:04d}\n" for number in numbers))
-    print(f"{root}: " + ", ".join(f"{len(v)} {name}" for name, v in lists.items()) + " images")
+        write_text(root / f"{name}.txt", "".join(f"{number:04d}\n" for number in numbers))
 
 
 def nyu_arrays(source, mat):
@@ -201,11 +202,9 @@ def nyu_table(path, num_classes):
         (found,) = read_mat(path, "mapClass")
     else:
         found = np.full(894, 40)
-        ids = (
-            [int(n) for n in x.split()] for x in (NYU_CLASSES_1_TO_37, NYU_CLASS_38, NYU_CLASS_39)
-        )
-        for raw, k in zip(ids, (np.arange(1, 38), 38, 39)):
-            found[np.array(raw) - 1] = k
+        lists = (NYU_CLASSES_1_TO_37, range(1, 38)), (NYU_CLASS_38, 38), (NYU_CLASS_39, 39)
+        for raw, k in lists:
+            found[np.array(raw.split(), int) - 1] = k
     if len(found) != 894 or found.min() < 1 or found.max() > 40:
         held = f"{len(found)} numbers" + (f" {found.min()} to {found.max()}" if len(found) else "")
         raise UserError(f"{path}: mapClass holds {held}, expected 894 of 1 to 40")
@@ -240,5 +239,4 @@ def declare_classes(root, names):
     begun = any((root / folder).is_dir() for folder in ("images", "labels"))
     if begun and not (path.exists() and path.read_text() == text):
         raise UserError(f"{root}: images/ or labels/ of other classes are there; pass a new folder")
-    with atomic(path) as tmp:
-        Path(tmp).write_text(text)
+    write_text(path, text)

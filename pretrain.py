@@ -262,14 +262,10 @@ def train_classifier(run, net, teacher, train, val):
     args = run.args
     method = build_method(args, net, teacher)
     learner = Learner(net, method, args.ce_weight, args.label_smoothing)
-    parts = loop.trained_parts(run, learner, args.lr)
     known = model.IMAGENET_MEAN, model.IMAGENET_STD
     facts = dict(mean=known[0], std=known[1], void=None)
     looks = Teacher(teacher, facts, *known, method.needs_logits) if teacher else None
-    if args.compile:
-        parts["learner"].compile()
-        if looks:
-            looks.compile()
+    parts = loop.trained_parts(run, learner, looks, args.lr)
     crops = photos.Crops(args.size, tuple(args.area), args.colour, args.mixup, args.cutmix)
     micro = args.batch_size // args.accumulate
     batches = augment.Batches(
@@ -278,8 +274,7 @@ def train_classifier(run, net, teacher, train, val):
     terms = functools.partial(loss_terms, run, len(train.classes), looks)
     schedule = dict(peak=args.lr, total=args.max_iters, warmup=args.warmup, decay=args.decay)
     scoring = functools.partial(score, run, val, "encoder")
-    steps = (batches, terms, schedule, args.batch_size, scoring)
-    return loop.run_steps(run, "encoder", parts, *steps)
+    return loop.run_steps(run, "encoder", parts, batches, terms, schedule, scoring)
 
 
 def hits(logits, labels, k):
@@ -346,5 +341,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli_args = get_args()
-    files.cli(main, cli_args)
+    files.cli(main, get_args())

@@ -231,5 +231,4 @@ def write(path, plan, jobs):
     for dataset, groups in collect(jobs).items():
         sections[title_of(dataset, groups)] = section(dataset, groups, plan, jobs, path)
     lines = [INTRODUCTION, *(line for part in sections.values() for line in part)]
-    with files.atomic(path) as tmp:
-        Path(tmp).write_text("\n".join(lines))
+    files.write_text(path, "\n".join(lines))

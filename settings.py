@@ -18,6 +18,7 @@ from files import UserError, as_flag
 COMMON = dict(
     student="b0",
     teacher="b2",
+    teacher_init="auto",
     alone=False,
     max_iters=20_000,
     batch_size=16,
@@ -31,22 +32,19 @@ COMMON = dict(
     class_weights="paper",
     label_stride=1,
     normalise="imagenet",
+    protocol="full",
 )
 # the teacher learns from 800 drawn scenes, the student from 20 of them: what a teacher is good for
 SCENES = dict(student="nano", teacher="b0", student_images=20, alone=True, max_iters=900)
 SCENES |= dict(crop_size=[96, 160], batch_size=8, lr=3e-3, scale=[0.75, 1.33])
 STREET = dict(crop_size=[768], batch_size=8, max_iters=80_000)
-DEFAULTS = {
+DEFAULTS = dict.fromkeys(catalog.DATASETS, COMMON) | {
     "scenes": COMMON | SCENES,
     "camvid": COMMON | dict(crop_size=[352, 480]),
-    "nyuv2": COMMON,
-    "folder": COMMON,
     "cityscapes": COMMON | STREET,
     "acdc": COMMON | STREET,
-    "voc2012": COMMON,
     "ade20k": COMMON | dict(max_iters=80_000),
     "cocostuff164k": COMMON | dict(max_iters=80_000),
-    "cocostuff10k": COMMON,
 }
 # TransKD as released. Beyond these flags: whole images, resized to a shorter side of 512, flipped
 # and shifted by up to 2 pixels; weight decay on everything; lr * (1 - epoch / 1500), 1000 epochs.
@@ -220,13 +218,10 @@ def resolve(args):
     data.check_cache(args)
     defaults = dict(dtype=fast_dtype(args.device))
     defaults |= DEFAULTS[args.dataset] | (PAPER if args.recipe == "paper" else {})
-    defaults.setdefault("protocol", "full")
     if args.method == "none":
         defaults["alone"] = False
     if args.method == "none" or args.teacher_ckpt:  # no teacher is trained
         defaults = {k: v for k, v in defaults.items() if k not in OF_A_TEACHER}
-    else:
-        defaults |= dict(teacher_init="auto")
     if args.recipe == "paper":
         defaults.pop("max_iters")  # counted in epochs: open_run knows how long one is
     if "transkd" not in args.method or args.feature_loss == "none":

@@ -213,7 +213,8 @@ def run_jobs(jobs, at_once, signals):
         for job, process in list(running.items()):
             if process.poll() is not None:
                 del running[job]
-                failed += [] if finish(job, process) else [job]
+                if not finish(job, process):
+                    failed.append(job)
                 done = total - len(waiting) - len(running)
                 eta = (time.time() - start) / done * (total - done)
                 print(f"{done}/{total}, about {loop.clock(eta)} to go", flush=True)
@@ -301,7 +302,8 @@ def main(args):
     jobs = plan_jobs(args)
     mine, missing, signals = wanted(jobs, args), [], []
     if args.list:
-        print("\n".join(f"{' +'[job.made.exists()]} {job.command}" for job in mine))
+        for job in mine:
+            print("+" if job.made.exists() else " ", job.command)
         return
     check_old(jobs)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -318,5 +320,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli_args = get_args()
-    files.cli(main, cli_args)
+    files.cli(main, get_args())

@@ -101,7 +101,7 @@ def open_run(args):
         void=None,  # the output that is none of the classes
         dtype=args.dtype,
     )
-    crop = tuple(args.crop_size * 2)[:2] if len(args.crop_size) == 1 else tuple(args.crop_size)
+    crop = tuple(args.crop_size * 2)[:2]  # one number is for both
     look = dict(colour=args.colour, label_stride=args.label_stride)
     if args.recipe == "paper":
         facts |= dict(short_side=512, resize=512)
@@ -230,28 +230,24 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
     paper = args.recipe == "paper"
     weights = None if getattr(method, "replaces_ce", False) else class_weights(run, split)
     learner = Learner(net, method, weights)
-    parts = loop.trained_parts(run, learner, lr, decay_everything=paper)
+    mean, std = run.facts["mean"], run.facts["std"]
+    looks = Teacher(*teacher, mean, std, method.needs_logits) if method.needs_teacher else None
+    parts = loop.trained_parts(run, learner, looks, lr, decay_everything=paper)
     if args.ema:
         average = get_ema_multi_avg_fn(args.ema)
         parts["ema"] = AveragedModel(net, multi_avg_fn=average, use_buffers=True)
-    mean, std = run.facts["mean"], run.facts["std"]
-    looks = Teacher(*teacher, mean, std, method.needs_logits) if method.needs_teacher else None
-    if args.compile:  # the calls of a step, at its one size: scoring, at any size, stays as it is
-        parts["learner"].compile()
-        if looks:
-            looks.compile()
     schedule = dict(peak=lr, total=iters, warmup=args.warmup)
     schedule |= dict(paper_epoch=math.ceil(len(split) / batch_size) if paper else None)
     batches = make_batches(run, split, batch_size)
     terms = functools.partial(loss_terms, run, looks)
     scoring = functools.partial(score, run, stage, facts=run.facts)
-    steps = (batches, terms, schedule, batch_size, scoring)
 
     def count(batches):
         weights = parts["learner"].class_weights
         return mean_count([batch["label"] for batch in batches], weights, run.device)
 
-    seconds = loop.run_steps(run, stage, parts, *steps, count if args.accumulate > 1 else None)
+    counting = count if args.accumulate > 1 else None
+    seconds = loop.run_steps(run, stage, parts, batches, terms, schedule, scoring, counting)
     return (parts["ema"].module if args.ema else net), seconds
 
 
@@ -370,5 +366,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli_args = get_args()
-    files.cli(main, cli_args)
+    files.cli(main, get_args())

@@ -38,24 +38,20 @@ OURS = ("format", "model", "num_classes", "head_width", "state_dict")  # what is
 # in front of the names
 WRAPPERS = r"^(?:(?:module|_orig_mod|student|backbone|segformer|pvt_v2)\.)+"
 STUDENT = r"^(?:(?:module|_orig_mod)\.)*student\."  # TransKD: the student among its adapters
+EMBED = r"encoder.stages.\1.patch_embed."
 BLOCK = r"encoder.stages.\1.blocks.\2."
+NORM = r"encoder.stages.\1.norm."
 RENAMES = (  # one after the other; the layouts' names do not get in each other's way
     # where: stage and block
-    (r"^(?:encoder\.)?(?:patch_embed|patch_embeddings)\.(\d)\.", r"encoder.stages.\1.patch_embed."),
-    (r"^stages\.(\d)\.patch_embeddings\.|^layers\.(\d)\.0\.", r"encoder.stages.\1\2.patch_embed."),
+    (r"^(?:encoder\.)?patch_embed(?:dings)?\.(\d)\.", EMBED),
+    (r"^(?:stages|encoder\.layers)\.(\d)\.patch_embeddings?\.", EMBED),
+    (r"^(?:layers\.)?(\d)\.0\.", EMBED),
     (r"^(?:encoder\.)?block\.(\d)\.(\d+)\.", BLOCK),
-    (
-        r"^stages\.(\d)\.blocks\.(\d+)\.|^layers\.(\d)\.1\.(\d+)\.",
-        r"encoder.stages.\1\3.blocks.\2\4.",
-    ),
-    (r"^(?:encoder\.layer_norm|norm)\.(\d)\.", r"encoder.stages.\1.norm."),
-    (r"^encoder\.layers\.(\d)\.patch_embedding\.|^(\d)\.0\.", r"encoder.stages.\1\2.patch_embed."),
-    (
-        r"^encoder\.layers\.(\d)\.blocks\.(\d+)\.|^(\d)\.1\.(\d+)\.",
-        r"encoder.stages.\1\3.blocks.\2\4.",
-    ),
-    (r"^encoder\.layers\.(\d)\.layer_norm\.", r"encoder.stages.\1.norm."),
-    (r"^stages\.(\d)\.layer_norm\.|^layers\.(\d)\.2\.", r"encoder.stages.\1\2.norm."),
+    (r"^(?:stages|encoder\.layers)\.(\d)\.blocks\.(\d+)\.", BLOCK),
+    (r"^(?:layers\.)?(\d)\.1\.(\d+)\.", BLOCK),
+    (r"^(?:encoder\.layer_norm|norm)\.(\d)\.", NORM),
+    (r"^(?:stages|encoder\.layers)\.(\d)\.layer_norm\.", NORM),
+    (r"^layers\.(\d)\.2\.", NORM),
     # what, within a patch embedding or a block
     (r"patch_embed\.projection\.", "patch_embed.proj."),
     (r"patch_embed\.layer_norm\.", "patch_embed.norm."),
@@ -288,11 +284,11 @@ def fetch(name):
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as e:
         raise UserError(f"{name}: pip install huggingface_hub to download it, or {by_hand}") from e
-    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if not (cached or constants.HF_HUB_OFFLINE or reachable(constants.ENDPOINT)):
+    there = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if not (there or constants.HF_HUB_OFFLINE or reachable(constants.ENDPOINT)):
         raise UserError(f"{name}: no connection to {constants.ENDPOINT}; {by_hand}")
 
-    if not cached:
+    if not there:
         print(f"{name}: downloading from {constants.ENDPOINT}/{name} (its licence is there)")
 
     def get(*files):

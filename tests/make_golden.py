@@ -4,7 +4,6 @@ pip install transformers==5.23.0 && python tests/make_golden.py
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -14,43 +13,8 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import export  # noqa: E402
 import model  # noqa: E402
-
-RENAMES = [
-    (r"^encoder\.stages\.(\d)\.patch_embed\.proj", r"segformer.stages.\1.patch_embeddings.proj"),
-    (
-        r"^encoder\.stages\.(\d)\.patch_embed\.norm",
-        r"segformer.stages.\1.patch_embeddings.layer_norm",
-    ),
-    (r"^encoder\.stages\.(\d)\.norm", r"segformer.stages.\1.layer_norm"),
-    (r"^encoder", "segformer"),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.attn\.q\.", ".attention.q_proj."),
-    (r"\.attn\.sr\.", ".attention.sequence_reduction.sequence_reduction."),
-    (r"\.attn\.norm\.", ".attention.sequence_reduction.layer_norm."),
-    (r"\.attn\.proj\.", ".attention.o_proj."),
-    (r"\.mlp\.dwconv", ".mlp.dwconv.dwconv"),
-    (r"^head\.linears\.(\d)", r"decode_head.linear_projections.\1.proj"),
-    (r"^head\.fuse", "decode_head.linear_fuse"),
-    (r"^head\.norm", "decode_head.batch_norm"),
-    (r"^head\.classifier", "decode_head.classifier"),
-]
-
-
-def theirs(state):
-    """Our state dict in their names, with keys and values apart."""
-    out = {}
-    for name, t in state.items():
-        for ours, new in RENAMES:
-            name = re.sub(ours, new, name)
-        if ".attn.kv." in name:
-            k, v = t.chunk(2)
-            out[name.replace(".attn.kv.", ".attention.k_proj.")] = k
-            out[name.replace(".attn.kv.", ".attention.v_proj.")] = v
-        else:
-            out[name] = t
-    return out
 
 
 def main():
@@ -69,8 +33,11 @@ def main():
             decoder_hidden_size=width,
             num_labels=5,
         )
-        net = SegformerForSemanticSegmentation(config).eval()
-        net.load_state_dict(theirs(fill(model.build(name, 5)).state_dict()))
+        state = export.hf_state(fill(model.build(name, 5)).state_dict())
+        net, told = SegformerForSemanticSegmentation.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True
+        )
+        assert not any(told.values()), told
         for stage in net.segformer.stages:  # the eps of the original code, whatever the port's
             stage.layer_norm.eps = 1e-6
             for block in stage.blocks:

@@ -296,15 +296,6 @@ def test_csf_alone_learns_from_a_cnn():
         assert "\n" not in str(e.value)
 
 
-def test_to_grid():
-    x = torch.randn(2, 3, 8, 12)
-    assert torch.equal(distill.to_grid(x, (8, 12)), x)
-    pooled = x.view(2, 3, 4, 2, 4, 3).mean((3, 5))
-    assert torch.allclose(distill.to_grid(x, (4, 4)), pooled, atol=1e-6)
-    assert torch.equal(distill.to_grid(x, (16, 24)), model.resize(x, (16, 24)))
-    assert distill.to_grid(x, (5, 30)).shape == (2, 3, 5, 30)
-
-
 @pytest.mark.parametrize("method", ["transkd-base", "c2vkd+kd"])
 def test_a_run_with_a_teacher_that_is_there(tmp_path, checkpoint, method, capsys):
     folder = write_folder(tmp_path / "data", classes=K)

@@ -573,6 +573,7 @@ def test_several_mistakes_in_files(tmp_path, capsys):
     (root / "images/p2.png").write_bytes(b"")
     named, out, error = check(root, capsys)
     assert named == {"grey", "empty"} and "2 channels, 12 colours" in out
+    assert "a label must have one channel of class ids, this one has 2" in out
     assert "2 of 4 pairs" in out and "1 of 4 pairs" in out and error.startswith("5 problem(s)")
 
 
@@ -736,6 +737,22 @@ def test_mistakes_in_val_alone_are_found(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------------
 # what is printed
+
+
+def test_sizes_and_shares(folder, capsys):
+    named, out, error = check(folder, capsys)
+    assert not named and error is None and "no problem found" in out
+    assert "train: 6 images, 1 size(s): 48x40" in out
+    (share,) = [line for line in out.splitlines() if "(ignored)" in line][:1]
+    assert f"{100 / 48:.2f} %" in share and f"{6 * 40} px" in share
+
+
+def test_files_in_no_split(folder, capsys):
+    (folder / "labels" / "p0.png").rename(folder / "labels" / "other.png")
+    (folder / "train.txt").write_text("p1\np2\n")
+    _, out, error = check(folder, capsys)
+    assert "4 files in images/ are in no split: p0, p3, p4, p5" in out and error is None
+    assert "4 files in labels/ are in no split: other, p3, p4, p5" in out
 
 
 def test_weights_of_the_paper_beside_the_classes_of_train(tmp_path, capsys):

@@ -8,9 +8,8 @@ import re
 import pytest
 import torch
 from conftest import write_folder
-from test_train import command, run, same, weights, words
+from test_train import command, crash, run, same, weights, words
 
-import loop
 import methods
 import model
 import train
@@ -68,7 +67,7 @@ def test_every_method_has_its_paper_and_is_listed(capsys):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_ten_steps_and_a_resumed_run(place, tmp_path, monkeypatch, name):
+def test_ten_steps_and_a_resumed_run(place, tmp_path, name):
     """The same bits whether a run is interrupted or not; queues and drawn rows included."""
     more = flags(place, name, "--max-iters", "10", "--save-every", "0", "--log-every", "0")
     metrics = run(place / "data", tmp_path / "whole", *more)
@@ -76,20 +75,8 @@ def test_ten_steps_and_a_resumed_run(place, tmp_path, monkeypatch, name):
     values = [v for record in steps(tmp_path / "whole") for v in record.values()]
     assert len(steps(tmp_path / "whole")) == 10
     assert all(math.isfinite(v) for v in values if isinstance(v, float))
-    save = loop.save_state
-
-    class Stop(Exception):
-        pass
-
-    def save_and_die(run_, at=None, done=0, parts=None):
-        save(run_, at, done, parts)
-        if done == 5:
-            raise Stop
-
-    monkeypatch.setattr(loop, "save_state", save_and_die)
-    with pytest.raises(Stop):
+    with crash("student", 5):
         run(place / "data", tmp_path / "parts", *more)
-    monkeypatch.undo()
     run(place / "data", tmp_path / "parts", *more, "--resume")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert weights(tmp_path / "whole").keys() == model.build("nano", 3).state_dict().keys()

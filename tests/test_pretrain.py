@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from conftest import write_photos
 from PIL import Image
 from test_train import command as train_command
-from test_train import same, weights, write_folder
+from test_train import crash, same, weights, write_folder
 from torchvision.models import VisionTransformer
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 import augment
 import classifiers
+import data
 import files
 import loop
 import model
@@ -164,7 +165,7 @@ def test_cache_holds_what_the_files_say(tree, tmp_path, monkeypatch):
         assert all((a.image(i) == b.image(i)).all() for i in range(len(a)))
     sides = [min(cached[0].image(i).shape[:2]) for i in range(18)]
     assert min(sides) < 42 and max(sides) == 42  # shrunk, but not enlarged
-    monkeypatch.setattr(photos, "decode", None)  # to build again would fail
+    monkeypatch.setattr(data, "decode", None)  # to build again would fail
     photos.open_splits(tree, 42, cache_dir=tmp_path)
     monkeypatch.undo()
     os.utime(plain[0].path(0), (1, 1))
@@ -545,25 +546,12 @@ def test_bfloat16_ten_steps(tree, tmp_path, teacher, method):
     assert losses["bfloat16"] != losses["float32"]
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("method", [[], ["--method", "tat+kd"], ["--cutmix", "1"]])
-def test_resume_to_the_same_bits(tree, tmp_path, monkeypatch, teacher, method):
+def test_resume_to_the_same_bits(tree, tmp_path, teacher, method):
     more = [*method, "--save-every", "0"] + ["--teacher", teacher] * ("--method" in method)
     whole = run(tree, tmp_path / "whole", *more)
-    save = loop.save_state
-
-    def save_and_die(run_, stage=None, step=0, parts=None):
-        save(run_, stage, step, parts)
-        if step == 3:
-            raise Stop
-
-    monkeypatch.setattr(loop, "save_state", save_and_die)
-    with pytest.raises(Stop):
+    with crash("encoder", 3):
         run(tree, tmp_path / "parts", *more)
-    monkeypatch.undo()
     parts = run(tree, tmp_path / "parts", *more, "--resume")
     assert same(*encoders(tmp_path / "whole", tmp_path / "parts"))
     assert steps(tmp_path / "whole") == steps(tmp_path / "parts")

@@ -1,5 +1,6 @@
 """The loop: schedule, resume, processes, signals, files, and words for a user's mistakes."""
 
+import contextlib
 import json
 import math
 import os
@@ -62,6 +63,25 @@ def command(*argv, processes=1, script="train.py", **kw):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([*python, str(ROOT / script), *argv], env=env, **pipes, **kw)
+
+
+class Stop(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def crash(stage, step):
+    """The run within ends as soon as it has saved its state after this step."""
+    save = loop.save_state
+
+    def save_and_die(run_, at=None, done=0, parts=None):
+        save(run_, at, done, parts)
+        if (at, done) == (stage, step):
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(loop, "save_state", save_and_die)
+        yield
 
 
 # ------------------------------------------------------------------------------------------------
@@ -325,23 +345,15 @@ def test_stride_of_labels_and_images_as_they_are(folder, tmp_path):
 
 def test_seconds_are_those_of_training(folder, tmp_path, monkeypatch):
     """Scoring is not training; an interrupted stage took what its parts took."""
-    evaluate, update, save = evaluation.evaluate, loop.update, loop.save_state
 
     def slow(seconds, work):
         return lambda *a, **kw: (time.sleep(seconds), work(*a, **kw))[1]
 
-    def save_and_die(run_, at=None, done=0, parts=None):
-        save(run_, at, done, parts)
-        if done == 4:
-            raise Stop
-
-    monkeypatch.setattr(evaluation, "evaluate", slow(3, evaluate))
-    monkeypatch.setattr(loop, "update", slow(0.2, update))
-    monkeypatch.setattr(loop, "save_state", save_and_die)
+    monkeypatch.setattr(evaluation, "evaluate", slow(3, evaluation.evaluate))
+    monkeypatch.setattr(loop, "update", slow(0.2, loop.update))
     more = ["--method", "none", "--eval-every", "2", "--save-every", "0"]
-    with pytest.raises(Stop):
+    with crash("student", 4):
         run(folder, tmp_path / "out", *more)
-    monkeypatch.setattr(loop, "save_state", save)
     seconds = run(folder, tmp_path / "out", *more, "--resume")["student"]["seconds"]
     assert 6 * 0.2 <= seconds < 3
 
@@ -367,25 +379,12 @@ def test_ema_is_a_running_average(folder, tmp_path, monkeypatch):
             assert torch.allclose(got, 0.75 * (0.75 * a + 0.25 * b) + 0.25 * c, atol=1e-6), name
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("stage, step", [("teacher", 2), ("alone", 4), ("student", 3)])
-def test_resume_to_the_same_bits(folder, tmp_path, monkeypatch, stage, step):
+def test_resume_to_the_same_bits(folder, tmp_path, stage, step):
     more = ["--alone", "--ema", "0.9", "--save-every", "0"]
     run(folder, tmp_path / "whole", *more)
-    save = loop.save_state
-
-    def save_and_die(run_, at=None, done=0, parts=None):
-        save(run_, at, done, parts)
-        if (at, done) == (stage, step):
-            raise Stop
-
-    monkeypatch.setattr(loop, "save_state", save_and_die)
-    with pytest.raises(Stop):
+    with crash(stage, step):
         run(folder, tmp_path / "parts", *more)
-    monkeypatch.undo()
     run(folder, tmp_path / "parts", *more, "--resume")
     for name in ("teacher.pt", "alone.pt", "student.pt"):
         assert same(weights(tmp_path / "whole", name), weights(tmp_path / "parts", name)), name
