@@ -29,7 +29,7 @@ def output(channels, strides, size=(64, 96), batch=2, seed=0, classes=5, grad=Fa
     g = torch.Generator().manual_seed(seed)
     grids = [tuple(-(-n // s) for n in size) for s in strides]
     maps = [torch.randn(batch, c, *s, generator=g) for c, s in zip(channels, grids)]
-    logits = 2 * torch.randn(batch, classes, *grids[strides[3] == 8 and 3 or 0], generator=g)
+    logits = 2 * torch.randn(batch, classes, *grids[3 if strides[3] == 8 else 0], generator=g)
     tensors = [t.requires_grad_(grad) for t in (logits, *maps)]
     return model.Output(tensors[0], tuple(tensors[1:]), ())
 
