@@ -149,13 +149,12 @@ def plot(path, dataset, rows, teacher):
         figure.savefig(tmp, format="png", dpi=100)
 
 
-def encoders(jobs):
-    """Lines about the pre-trained encoders that are done."""
+def encoders(jobs, names):
+    """Lines about the pre-trained encoders that are done, of nets of these names."""
     lines = []
     for job in jobs:
-        metrics = {} if job.row else read(job.made)
-        if metrics:
-            e = metrics["encoder"]
+        e = {} if job.row else read(job.made).get("encoder", {})
+        if e.get("model") in names:
             how = f"{e['steps']} steps, {e['seconds'] / 60:.0f} minutes"
             lines += [f"- {e['model']}: top-1 {e['top1']:.1%}, {how}: `{job.command}`"]
     return ["Encoders are pre-trained as classifiers:", "", *lines, ""] if lines else []
@@ -184,7 +183,8 @@ def section(dataset, groups, plan, jobs, path):
     places = sorted({run["where"] for run in all_runs(groups)})
     lines = [f"## {title_of(dataset, groups)}", "", plan["note"], ""]
     lines += [f"Ran on: {'; '.join(places)}.", ""]
-    lines += encoders(jobs)
+    nets = [dataset.split()[-1]] if "photos" in groups else [plan["teacher"], plan["student"]]
+    lines += encoders(jobs, nets)
     if "photos" in groups:
         lines += [*classifier_table(dataset, groups["photos"], jobs), ""]
     else:
