@@ -435,6 +435,11 @@ def score(net, facts, args, views):
     split = data.open_split(dataset, args.split, args.data_dir, args.cache, args.cache_dir)
     save, pairs = None, dataset.pairs[args.split]
     if args.save_preds:
+        files_of = (path for pair in pairs if dataset.name != "scenes" for path in pair[1:] if path)
+        if Path(args.save_preds).resolve() in {path.parent.resolve() for path in files_of}:
+            raise UserError(
+                f"--save-preds {args.save_preds}: the data set's own files; pass another folder"
+            )
         values = np.zeros(256, np.uint8)  # what is none of the classes becomes 0
         values[: len(dataset.classes)] = dataset.ids or range(len(dataset.classes))
 

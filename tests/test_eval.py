@@ -276,6 +276,15 @@ def test_mistakes_of_labelling(monkeypatch, folder, ckpt):
         run(monkeypatch, "--ckpt", ckpt, "--image", images, "--out-dir", images)
 
 
+@pytest.mark.parametrize("name", ["images", "labels"])
+def test_predictions_do_not_replace_the_data_set(monkeypatch, folder, ckpt, name):
+    before = {path: path.read_bytes() for path in folder.rglob("*.png")}
+    with pytest.raises(files.UserError, match=f"{name}: the data set's own files; pass another"):
+        argv = ["--ckpt", ckpt, "--data-dir", folder, "--save-preds", folder / "." / name]
+        run(monkeypatch, *argv)
+    assert {path: path.read_bytes() for path in folder.rglob("*.png")} == before
+
+
 def test_a_photo_that_is_void_all_over(monkeypatch, folder, tmp_path):
     net = model.build("nano", 4)
     net.head.classifier.bias.data[3] = 1e4
