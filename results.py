@@ -84,8 +84,9 @@ def student_table(rows, starts, teacher):
 
     def cells(runs):
         way, alone = "", starts.get(runs[0]["steps"])
-        if alone and teacher and runs not in (alone, teacher):
-            way = f"{(mean(runs) - mean(alone)) / (mean(teacher) - mean(alone)):.0%}"
+        whole = mean(teacher) - mean(alone) if alone and teacher else 0
+        if whole and runs not in (alone, teacher):
+            way = f"{(mean(runs) - mean(alone)) / whole:.0%}"
         shares = [percent([run[key] for run in runs]) for key in ("pixel_acc", "boundary_iou")]
         paper = percent([run["paper"] for run in runs if run["paper"] is not None])
         return [percent([run["miou"] for run in runs]), way, *shares, paper]

@@ -294,6 +294,17 @@ def test_tables(tmp_path):
     assert text.count("python train.py --seed 0") == len(runs) and "--seed 1" not in text
 
 
+def test_no_way_where_the_teacher_is_no_better_than_the_student_alone():
+    def runs(miou):
+        facts = dict(pixel_acc=0.5, boundary_iou=0.5, paper=None, seconds=60, steps=1)
+        return [facts | dict(miou=miou)]
+
+    for best, way in ((0.5, ""), (0.9, "25%")):
+        rows = dict(teacher=runs(best), alone=runs(0.5), kd=runs(0.6))
+        table = results.student_table(rows, {1: rows["alone"]}, rows["teacher"])
+        assert table[-1].startswith(f"| kd | 1 | 60.0 | {way} | ")
+
+
 def test_sections_of_other_data_sets_stay(tmp_path):
     """What was written stays to the letter; a data set that ran again has its new section."""
     path, runs = tmp_path / "r.md", {("teacher", "teacher"): [dict(miou=0.6)]}
