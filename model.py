@@ -391,13 +391,8 @@ def recognise(source, state, facts):
             f"{source}: an encoder without a head that we know; as a start of training it will do "
             "(--teacher-init, --student-init)"
         )
-    try:
-        dims = tuple(len(state[f"encoder.stages.{i}.patch_embed.norm.bias"]) for i in range(4))
-        num_classes, width = state["head.classifier.weight"].shape[:2]
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{source}: damaged, {e} is missing") from e
-    blocks = re.findall(r"encoder\.stages\.(\d)\.blocks\.\d+\.norm1\.weight", " ".join(state))
-    depths = tuple(blocks.count(str(i)) for i in range(4))
+    dims, depths = encoder_shape(state)
+    num_classes, width = (*state["head.classifier.weight"].shape, 0, 0)[:2]
     heads = facts.pop("heads", None)
     for name, shape in MODELS.items():
         if name.startswith("pvt_v2") != pyramid:  # their encoders have the shapes of MiT
@@ -409,18 +404,25 @@ def recognise(source, state, facts):
     )
 
 
+def encoder_shape(state):
+    """(channels, depths) of the stages of a MiT, PVTv2 or LVT, 0 where there is no tensor."""
+    norms = (f"encoder.stages.{i}.patch_embed.norm.bias" for i in range(4))
+    dims = tuple(state[name].numel() if name in state else 0 for name in norms)
+    blocks = re.findall(r"encoder\.stages\.(\d)\.blocks\.\d+\.norm1\.weight", " ".join(state))
+    return dims, tuple(blocks.count(str(i)) for i in range(4))
+
+
 def load_weights(net, source):
     """Copy into `net` the tensors of a checkpoint that fit it, and print "loaded N of M tensors".
 
     source: anything of `weights.read`: a file, a folder, a hub's name, with a head or without. A
-    head with another number of classes is left as it is, with a warning. Raises UserError if
-    nothing fits.
+    head with another number of classes is left as it is, with a warning. Raises UserError if the
+    encoder is another: a part of it would be no start worth the name.
     """
     state, _ = weights.read(source)
     ours = net.state_dict()
     fits = {k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}
-    if not fits:
-        raise UserError(f"{source}: none of its {len(state)} tensors fits a {net.name}")
+    check_encoder(net, source, state, fits)
     net.load_state_dict(fits, strict=False)
     print(f"{source}: loaded {len(fits)} of {len(ours)} tensors")
     odd = [k for k in state if k in ours and k not in fits]
@@ -432,8 +434,30 @@ def load_weights(net, source):
         if words:
             print(f"  {words}")
     for name in {"head.classifier.weight", cnn.CLASSIFIER} & {*odd}:
-        theirs = len(state[name])
-        print(f"  warning: its head has {theirs} classes, this one {net.num_classes}: not loaded")
+        (theirs, width), (classes, ours_wide) = state[name].shape[:2], ours[name].shape[:2]
+        words = f"{theirs} classes, this one {classes}"
+        if theirs == classes:
+            words = f"{width} channels, this one {ours_wide}"
+        print(f"  warning: its head has {words}: not loaded")
+
+
+def check_encoder(net, source, state, fits):
+    """UserError unless the encoder of `state` is that of `net`, into which `fits` of it goes."""
+    names = (k for k in net.state_dict() if k.startswith(("encoder.", "backbone.")))
+    ours = [k for k in names if not k.endswith("num_batches_tracked")]
+    lacking = [k for k in ours if k not in fits]
+    deeper = [k for k in state if ".blocks." in k or k.startswith("backbone.layer")]
+    deeper = [k for k in deeper if k not in net.state_dict()]
+    if not (lacking or deeper):
+        return
+    theirs = "a ResNet"
+    if "backbone.layer1.0.conv1.weight" not in state:
+        shape = encoder_shape(state)
+        known = [name for name, (dims, _, depths, _) in MODELS.items() if (dims, depths) == shape]
+        theirs = " or ".join(known) or "channels {}, depths {}".format(*shape)
+    how = f"of {len(ours)} tensors missing or of another shape"
+    how = listed(lacking, how) or listed(deeper, "tensors too many")
+    raise UserError(f"{source}: not the encoder of a {net.name}, but {theirs}: {how}")
 
 
 def listed(names, what):

@@ -197,6 +197,25 @@ def test_load_weights_says_what_it_did(tmp_path, capsys):
         model.load_weights(net, tmp_path / "b.pt")
 
 
+def test_weights_of_another_net_are_no_start(tmp_path, capsys):
+    """A few tensors of it may fit, by chance: b2 has all of b1, and more blocks."""
+    for name in ("b0", "b1", "b2"):
+        torch.save(model.build(name, 5).state_dict(), tmp_path / f"{name}.pt")
+    for name, other, words in (
+        ("b0", "b1", "not the encoder of a b0, but b1 or pvt_v2_b1: 1"),
+        ("b2", "b1", r"but b1 .*: \d+ of \d+ tensors missing or of another shape: encoder.stages.0"),
+        ("b1", "b2", r"but b2 .*: \d+ tensors too many: encoder.stages.0.blocks.2"),
+    ):
+        net = model.build(name, 5)
+        before = {k: v.clone() for k, v in net.state_dict().items()}
+        with pytest.raises(files.UserError, match=words):
+            model.load_weights(net, tmp_path / f"{other}.pt")
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    capsys.readouterr()
+    model.load_weights(model.build("b1", 5, head_width=64), tmp_path / "b1.pt")
+    assert "its head has 256 channels, this one 64: not loaded" in capsys.readouterr().out
+
+
 class Bomb:
     def __reduce__(self):
         return (exec, ("raise SystemExit('code in a checkpoint was run')",))
