@@ -458,6 +458,9 @@ def build_method(
         mine = options.keys() & known
         own = {k: options[k] for k in mine} | {k: nets[k] for k in nets.keys() & known}
         built[name] = methods[name](student_channels, teacher_channels, **own)
+        for said in ("needs_teacher", "needs_logits"):
+            if not hasattr(built[name], said):
+                raise UserError(f"method '{name}' does not say {said}: set it to True or False")
         taken |= mine
     for option in options.keys() - taken:
         raise UserError(f"{as_flag(option)} has no effect on --method {spec}")

@@ -10,6 +10,7 @@ from torch import nn
 
 import augment
 import distill
+from files import UserError
 from settings import PAPER_DECAY_EPOCHS
 
 
@@ -27,7 +28,10 @@ class Learner(nn.Module):
         terms = {}
         if not getattr(self.method, "replaces_ce", False):
             terms["ce"] = distill.cross_entropy(out.logits, labels, self.class_weights, count)
-        return terms | self.method(out, seen, images, labels)
+        taught = self.method(out, seen, images, labels)
+        if "ce" in terms and "ce" in taught:
+            raise UserError("a method's term is called 'ce', as the cross-entropy of the labels is")
+        return terms | taught
 
 
 def mean_count(labels, class_weights, device):

@@ -13,6 +13,7 @@ from test_train import command, crash, run, same, weights, words
 import methods
 import model
 import train
+from files import UserError
 
 EVERY = [name for name in methods.METHODS if name != "none"]
 NOT_FLAGS = {"variant", "widths", "classes", "embeds"}
@@ -64,6 +65,42 @@ def test_every_method_has_its_paper_and_is_listed(capsys):
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in said[2:]] == [*methods.METHODS]
     assert "features, embeddings" in said[3] and methods.PAPERS["transkd-base"] in said[3]
+
+
+class MyMethod(torch.nn.Module):
+    """As the README says."""
+
+    needs_teacher, needs_logits = True, True
+
+    def __init__(self, student_channels, teacher_channels):
+        super().__init__()
+
+    def forward(self, student, teacher, images, labels):
+        return dict(mine=(student.logits - teacher.logits).square().mean())
+
+
+class Unsaid(MyMethod):
+    needs_logits = property()  # as if it had none
+
+
+class Clash(MyMethod):
+    def forward(self, *a):
+        return dict(ce=super().forward(*a)["mine"])
+
+
+def test_a_method_of_ones_own(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(methods, "METHODS", methods.METHODS | dict(mine=MyMethod))
+    run(place / "data", tmp_path / "out", *flags(place, "mine", "--log-every", "0"))
+    assert {"ce", "mine"} <= steps(tmp_path / "out")[0].keys()
+    train.main(train.get_args(["--method", "list"]))
+    assert "mine " in capsys.readouterr().out
+    for method, words in (
+        (Unsaid, "method 'mine' does not say needs_logits: set it to True or False"),
+        (Clash, "a method's term is called 'ce', as the cross-entropy of the labels is"),
+    ):
+        monkeypatch.setitem(methods.METHODS, "mine", method)
+        with pytest.raises(UserError, match=words):
+            run(place / "data", tmp_path / method.__name__, *flags(place, "mine"))
 
 
 @pytest.mark.parametrize("name", EVERY)
