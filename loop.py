@@ -9,8 +9,10 @@ is the run that was never interrupted.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import json
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -25,6 +27,11 @@ from files import UserError
 from settings import settings
 from step import learning_rate, parameter_groups, update
 from timing import hardware
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 # ------------------------------------------------------------------------------------------------
 # a run and its files
@@ -82,6 +89,22 @@ def start(args, batch_sizes, results):
             f"{out} holds {results[-1]} but no last.pt to go on from: pass another --out-dir"
         )
     return dict(out=out, device=device, rank=rank, world=world)
+
+
+def claim(out, rank):
+    """Make --out-dir, and keep other runs out of it until this process ends, however it ends.
+
+    UserError if one is at work there. Where there are no locks nothing is kept out.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and fcntl:
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: that would unlock it
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EAGAIN):
+                words = "another run is at work there: pass another --out-dir, or wait for it"
+                raise UserError(f"{out}: {words}") from e
 
 
 def resume(run):

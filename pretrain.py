@@ -193,7 +193,7 @@ def open_run(args):
     if not args.max_iters:
         args.max_iters = math.ceil((args.epochs or 100) * len(train) / args.batch_size)
         args.epochs = None
-    place["out"].mkdir(parents=True, exist_ok=True)
+    loop.claim(place["out"], place["rank"])
     known = dict(classes=train.classes, train=len(train), val=len(val))
     run = loop.Run(args=args, data=known, **place)
     if args.resume:

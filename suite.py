@@ -256,7 +256,7 @@ def finish(job, process):
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(
-        description="Run every method on every data set, and write docs/results.md",
+        description="Run every method on every data set, and write tables as in docs/results.md",
         allow_abbrev=False,
     )
     p.add_argument("--plan", choices=PLANS, default="full", help="how large, how long")
@@ -267,7 +267,7 @@ def get_args(argv=None):
     p.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups of rows (all)")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     p.add_argument("--out-dir", help="of the runs (out/suite-PLAN)")
-    p.add_argument("--results", default="docs/results.md", help="where the tables go")
+    p.add_argument("--results", help="where the tables go (results.md in --out-dir)")
     p.add_argument("--list", action="store_true", help="print the commands, those done with a +")
     p.add_argument("--no-runs", action="store_true", help="only write the tables of what is done")
     p.add_argument("--cache-dir", help="where images are decoded to (.cache beside the data)")
@@ -295,6 +295,7 @@ def check(args):
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: at least 1")
     args.out_dir = args.out_dir or f"out/suite-{args.plan}"
+    args.results = args.results or f"{args.out_dir}/results.md"
 
 
 def main(args):

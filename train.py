@@ -110,7 +110,7 @@ def open_run(args):
         look |= dict(fit=True)
     else:
         look |= dict(scale=tuple(args.scale))
-    place["out"].mkdir(parents=True, exist_ok=True)
+    loop.claim(place["out"], place["rank"])
     few = data.subset(train, args.student_images) if args.student_images else train
     splits = dict(dataset=dataset, train=train, few=few, val=val)
     splits["unlabelled"] = unlabelled[0] if unlabelled else ()

@@ -40,6 +40,14 @@ def words(place, *more, plan="tiny"):
     return ["--plan", plan, *where, *own, "--cache-dir", f"{place}/cache", *more]
 
 
+def test_tables_of_ones_own_do_not_replace_the_published_ones(place):
+    argv = words(place)
+    at = argv.index("--results")
+    args = suite.get_args(argv[:at] + argv[at + 2 :])
+    suite.check(args)
+    assert args.results == f"{place}/out/results.md"
+
+
 def get_args(place, *more, **kw):
     args = suite.get_args(words(place, *more, **kw))
     suite.check(args)

@@ -665,6 +665,20 @@ def test_checkpoints_of_another_kind(folder, tmp_path, capsys):
         run(folder, tmp_path / "c", "--teacher-ckpt", str(out))
 
 
+def test_one_run_at_a_time_in_a_folder(folder, tmp_path):
+    """And none is kept out by one that was killed."""
+    code = "import loop, pathlib, sys; loop.claim(pathlib.Path(sys.argv[1]), 0); print(); input()"
+    argv = [sys.executable, "-c", code, str(tmp_path / "out")]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(argv, **pipes, env=os.environ | {"PYTHONPATH": str(ROOT)}) as other:
+        other.stdout.readline()
+        for more in ([], ["--resume"]):
+            with pytest.raises(UserError, match="out: another run is at work there: pass another"):
+                run(folder, tmp_path / "out", *more)
+        other.kill()
+    run(folder, tmp_path / "out")
+
+
 def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, tmp_path):
     out = tmp_path / "out"
     run(folder, out, "--method", "none")
