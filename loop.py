@@ -135,15 +135,17 @@ def resume(run):
         for line in log.read_text().splitlines():
             with contextlib.suppress(ValueError):  # a line that was cut off by a crash
                 record = json.loads(line)
-                if record["stage"] in run.results or record["step"] <= state["step"]:
+                again = "lr" not in record and record["step"] == state.get("total")  # last score
+                before = record["step"] <= state["step"] and not again
+                if record["stage"] in run.results or before:
                     keep.append(line + "\n")
         files.write_text(log, "".join(keep))
 
 
-def save_state(run, stage=None, step=0, parts=None):
+def save_state(run, stage=None, step=0, parts=None, total=None):
     """last.pt, all that --resume needs. parts: name -> object with a state_dict, within a stage."""
     if run.rank == 0:
-        tree = dict(format="run-state-2", stage=stage, step=step, results=run.results)
+        tree = dict(format="run-state-2", stage=stage, step=step, results=run.results, total=total)
         tree |= dict(settings=settings(run.args), inits=run.inits, data=run.data)
         tree |= {name: part.state_dict() for name, part in (parts or {}).items()}
         files.save_tensors(run.out / "last.pt", tree)
@@ -242,7 +244,7 @@ def run_steps(run, stage, parts, batches, loss_terms, schedule, score, count=Non
                 score(parts["ema"].module if "ema" in parts else learner.student, step + 1)
         if stopping or time.time() - saved > args.save_every:
             watch.check()
-            save_state(run, stage, step + 1, parts)
+            save_state(run, stage, step + 1, parts, total)
             saved = time.time()
         if stopping:
             run.print(f"stopped after step {step + 1} of {stage}; the same with --resume goes on")

@@ -74,8 +74,8 @@ def crash(stage, step):
     """The run within ends as soon as it has saved its state after this step."""
     save = loop.save_state
 
-    def save_and_die(run_, at=None, done=0, parts=None):
-        save(run_, at, done, parts)
+    def save_and_die(run_, at=None, done=0, *more):
+        save(run_, at, done, *more)
         if (at, done) == (stage, step):
             raise Stop
 
@@ -371,10 +371,10 @@ def test_seconds_are_those_of_training(folder, tmp_path, monkeypatch):
 def test_ema_is_a_running_average(folder, tmp_path, monkeypatch):
     steps, save = [], loop.save_state
 
-    def keep(run_, at=None, done=0, parts=None):
+    def keep(run_, at=None, done=0, parts=None, *more):
         if parts:
             steps.append({k: v.clone() for k, v in parts["learner"].student.state_dict().items()})
-        save(run_, at, done, parts)
+        save(run_, at, done, parts, *more)
 
     monkeypatch.setattr(loop, "save_state", keep)
     more = ["--method", "none", "--ema", "0.75", "--max-iters", "3", "--save-every", "0"]
@@ -383,6 +383,11 @@ def test_ema_is_a_running_average(folder, tmp_path, monkeypatch):
         if got.is_floating_point():
             a, b, c = (s[name] for s in steps)
             assert torch.allclose(got, 0.75 * (0.75 * a + 0.25 * b) + 0.25 * c, atol=1e-6), name
+
+
+def log_of(out):
+    records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [(r["stage"], r["step"], r.get("miou")) for r in records]
 
 
 @pytest.mark.parametrize("stage, step", [("teacher", 2), ("alone", 4), ("student", 3)])
@@ -394,11 +399,24 @@ def test_resume_to_the_same_bits(folder, tmp_path, stage, step):
     run(folder, tmp_path / "parts", *more, "--resume")
     for name in ("teacher.pt", "alone.pt", "student.pt"):
         assert same(weights(tmp_path / "whole", name), weights(tmp_path / "parts", name)), name
-    logs = []
-    for out in ("whole", "parts"):
-        lines = (tmp_path / out / "log.jsonl").read_text().splitlines()
-        logs.append([(r["stage"], r["step"], r.get("miou")) for r in map(json.loads, lines)])
+    logs = [log_of(tmp_path / out) for out in ("whole", "parts")]
     assert [r for r in logs[0] if r[2] is not None] == [r for r in logs[1] if r[2] is not None]
+
+
+def test_killed_after_its_last_score(folder, tmp_path):
+    """A stage that is scored again is in the log once."""
+    more = ["--method", "none", "--eval-every", "3", "--log-every", "0", "--save-every", "0"]
+
+    def kill(*a, **kw):
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(model, "save", kill)
+        run(folder, tmp_path / "out", *more)
+    before = log_of(tmp_path / "out")
+    assert [step for _, step, miou in before if miou is not None] == [3, 6]
+    run(folder, tmp_path / "out", *more, "--resume")
+    assert log_of(tmp_path / "out") == before
 
 
 def test_sigterm_saves_and_resume_goes_on(folder, tmp_path):
