@@ -105,6 +105,16 @@ def evenly(split, n):
     return np.linspace(0, len(split) - 1, n).round().astype(int)
 
 
+def some_of(split):
+    """Indices of up to 32 of its images, to estimate by."""
+    return evenly(split, min(len(split), 32))
+
+
+def short_side(split):
+    """The usual shorter side of a split's images, in pixels: the median, of some of them."""
+    return int(np.median([min(split.image(i).shape[:2]) for i in some_of(split)]))
+
+
 def subset(split, n):
     return Selection([(split, i) for i in evenly(split, n)])
 
@@ -146,8 +156,7 @@ def is_cached(folder, split, title, cache_gb):
     """
     if folder.is_dir():
         return True
-    sample = np.linspace(0, len(split) - 1, min(len(split), 32)).astype(int)
-    bytes_each = np.mean([sum(part.nbytes for part in split.pair(i)) for i in sample])
+    bytes_each = np.mean([sum(part.nbytes for part in split.pair(i)) for i in some_of(split)])
     need = bytes_each * len(split) / 1e9
     limit = shutil.disk_usage(folder.parent).free / 2 / 1e9 if cache_gb is None else cache_gb
     if need > limit:

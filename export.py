@@ -110,6 +110,11 @@ def hf_state(state):
     return out
 
 
+def side_of(facts):
+    """The shorter side to which photos are resized, as by `eval.py --image`; None if not known."""
+    return facts["resize"] or facts["short_side"]
+
+
 def hf_configs(net, facts, mean_std):
     """What goes into config.json and into preprocessor_config.json."""
     dims, heads, depths, _ = model.MODELS[net.name]
@@ -135,7 +140,7 @@ def hf_configs(net, facts, mean_std):
     config[weights.FORMAT] = {k: v for k, v in facts.items() if v is not None}  # for our own load
     processor = dict(
         image_processor_type="SegformerImageProcessor",
-        do_resize=bool(facts["resize"]),
+        do_resize=bool(side_of(facts)),
         resample=2,  # bilinear, as in eval.prepare
         do_rescale=True,
         rescale_factor=1 / 255,
@@ -144,8 +149,8 @@ def hf_configs(net, facts, mean_std):
         image_std=mean_std[1],
         do_reduce_labels=False,
     )
-    if facts["resize"]:
-        processor["size"] = dict(shortest_edge=facts["resize"])  # 4.x: with use_fast=True only
+    if side_of(facts):
+        processor["size"] = dict(shortest_edge=side_of(facts))  # 4.x: with use_fast=True only
     return config, processor
 
 
@@ -223,6 +228,7 @@ class Deployed(nn.Module):
 def trace(net, mean_std):
     """An ExportedProgram of `net` for any batch, height and width, and its dynamic_shapes."""
     B, H, W = TRACED
+    print(f"tracing {net.name}: a minute or so", flush=True)
     module = Deployed(net, mean_std).eval().requires_grad_(False)
     images = torch.zeros(B, H, W, 3, dtype=torch.uint8) if mean_std else torch.zeros(B, 3, H, W)
     at = 1 if mean_std else 2
@@ -235,8 +241,9 @@ def trace(net, mean_std):
 
 def about(facts):
     """What the user of a graph has to know, as JSON strings by name."""
-    known = ("classes", "palette", "mean", "std", "resize")
-    return {name: json.dumps(facts[name]) for name in known if facts.get(name) is not None}
+    known = {name: facts[name] for name in ("classes", "palette", "mean", "std")}
+    known["short_side"] = side_of(facts)
+    return {name: json.dumps(value) for name, value in known.items() if value is not None}
 
 
 def write_onnx(net, facts, folder, mean_std):
@@ -350,8 +357,9 @@ def main(args):
         sizes = {path.name: path.stat().st_size / 1e6 for path in sorted(tmp.iterdir())}
     print(f"{out}: {', '.join(sizes)}, {sum(sizes.values()):.2f} MB")
     print(said)
-    if facts["resize"] and args.to != "hf":
-        print(f"it wants images with a shorter side of {facts['resize']} pixels, as in training")
+    if side_of(facts):
+        how_to = "its image processor resizes photos" if args.to == "hf" else "resize photos"
+        print(f"{how_to} to a shorter side of {side_of(facts)} pixels, as in training")
     print(f"open it with {how.format(out)}")
 
 

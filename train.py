@@ -96,7 +96,7 @@ def open_run(args):
         palette=[list(c) for c in dataset.palette],
         mean=list(model.IMAGENET_MEAN) if whiten else [0.0] * 3,
         std=list(model.IMAGENET_STD) if whiten else [1.0] * 3,
-        short_side=min(height, width),  # of the images it was trained on
+        short_side=data.short_side(train),  # of the images it was trained on
         resize=None,  # to this shorter side, for scoring
         void=None,  # the output that is none of the classes
         dtype=args.dtype,

@@ -266,7 +266,8 @@ def folder_facts(folder):
                 facts[ours] = [float(v) for v in inputs.get(theirs) or ()] or None
         size = inputs.get("size") if inputs.get("do_resize", True) else None
         facts["resize"] = size and int(min(size.values()) if isinstance(size, dict) else size)
-        facts |= config.get(FORMAT, {})  # what export.py wrote
+        if FORMAT in config:  # what export.py wrote
+            facts |= dict(resize=None) | config[FORMAT]  # its processor resizes photos, not scores
     except (TypeError, ValueError, KeyError, AttributeError) as e:
         words = f"{type(e).__name__}: {e}"
         raise UserError(f"{folder}: its config files are not as they should be ({words})") from e

@@ -22,6 +22,7 @@ FACTS = dict(
     palette=[[10 * k, 0, 255] for k in range(5)],
     mean=list(IMAGENET_MEAN),
     std=list(IMAGENET_STD),
+    short_side=None,
     resize=None,
 )
 SIZES = ((2, 96, 160), (1, 97, 131), (3, 64, 70))  # only the first is traced
@@ -127,13 +128,14 @@ def test_hf_in_transformers(name, tmp_path, monkeypatch, capsys):
     assert config.label2id["thing 3"] == 3 and config.semantic_loss_ignore_index == 255
 
 
-@pytest.mark.parametrize("layout", ["ours", "NVlabs", "TransKD"])
+@pytest.mark.parametrize("layout", ["ours", "ours, any size", "NVlabs", "TransKD"])
 def test_round_trip(layout, tmp_path, monkeypatch):
     """From any layout to a Hugging Face folder and back: the same bits, and the facts."""
     pytest.importorskip("safetensors")
     facts = dict(dataset="folder", short_side=64, resize=96, dtype="bfloat16", void=None)
+    facts["resize"] = 96 if layout == "ours" else None
     path = checkpoint(tmp_path, **facts)
-    if layout != "ours":
+    if "ours" not in layout:
         net = fill(model.build("nano", 20))
         prefix, head = dict(NVlabs=("backbone.", "decode_head."), TransKD=("student.",) * 2)[layout]
         torch.save(nvlabs(net.state_dict(), prefix, head), path)
@@ -149,12 +151,12 @@ def test_round_trip(layout, tmp_path, monkeypatch):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-@pytest.mark.parametrize("resize, tolerance", [(None, 1e-5), (32, 0.02)])
-def test_hf_processor_prepares_images_as_we_do(resize, tolerance, tmp_path, monkeypatch):
+@pytest.mark.parametrize("side, tolerance", [("", 1e-5), ("resize", 0.02), ("short_side", 0.02)])
+def test_hf_processor_prepares_images_as_we_do(side, tolerance, tmp_path, monkeypatch):
     """To 0.02 if it resizes: one of 255 steps, for torchvision rounds otherwise than PIL."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
-    path = checkpoint(tmp_path, resize=resize)
+    path, resize = checkpoint(tmp_path, **({side: 32} if side else {})), 32 if side else None
     run(monkeypatch, "--ckpt", path, "--to", "hf", "--out-dir", tmp_path / "hf")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     image, label = picture(0, height=64, width=80)
@@ -193,14 +195,15 @@ def test_onnx(onnxruntime, tmp_path, monkeypatch, capsys):
     path, out = checkpoint(tmp_path, resize=64), tmp_path / "a" / "b"
     run(monkeypatch, "--ckpt", path, "--to", "onnx", "--out-dir", out)
     said = capsys.readouterr().out
-    assert "largest difference" in said and "shorter side of 64" in said
+    assert "largest difference" in said and "resize photos to a shorter side of 64" in said
     assert [p.name for p in out.iterdir()] == ["model.onnx"]
     session, other = open_onnx(onnxruntime, out / "model.onnx")
     assert_same_logits(path, other, (*SIZES, (2, 32, 33)))  # smaller than promised even
     (images,), (logits,) = session.get_inputs(), session.get_outputs()
     assert images.shape == ["batch", 3, "height", "width"] and logits.name == "logits"
     about = session.get_modelmeta().custom_metadata_map
-    assert {key: json.loads(about[key]) for key in FACTS} == FACTS | dict(resize=64)
+    want = {key: FACTS[key] for key in ("classes", "palette", "mean", "std")}
+    assert {key: json.loads(value) for key, value in about.items()} == want | dict(short_side=64)
     assert str(export.__file__).encode() not in (out / "model.onnx").read_bytes()
 
 
