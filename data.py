@@ -8,6 +8,7 @@ Splits of a data set and their decode-once cache; and the command for everything
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ import doctor
 import prepare
 from catalog import DATASETS, in_parallel, read_image, read_pair
 from distill import IGNORE, paper_weights
-from files import UserError, as_flag, cli
+from files import UserError, as_flag, cli, some
 from sources import SOURCES
 
 # ------------------------------------------------------------------------------------------------
@@ -142,11 +143,23 @@ def open_split(dataset, split, data_dir=None, cache="on", cache_dir=None, cache_
     )
     if not is_cached(folder, files, f"{dataset.name}/{split}", cache_gb):
         return files
-    return Packed(
-        np.memmap(folder / "images.bin", np.uint8, "r"),
-        np.memmap(folder / "labels.bin", np.uint8, "r"),
-        np.load(folder / "index.npy"),
-    )
+    return open_packed(folder, len(files))
+
+
+def open_packed(folder, n, with_labels=True):
+    """The n images in a folder of the cache; UserError if it is not whole."""
+    names = ("images.bin", "labels.bin")[: 1 + with_labels]
+    try:
+        index = np.load(folder / "index.npy")
+        maps = [np.memmap(folder / name, np.uint8, "r") for name in names]
+        pixels = index[:, :2].prod(axis=1).sum()
+        whole = len(index) == n and [len(m) for m in maps] == [3 * pixels, pixels][: len(maps)]
+    except (OSError, ValueError, EOFError, IndexError):
+        whole = False
+    if not whole:
+        raise UserError(f"{folder}: a damaged cache; remove this folder, and it is built anew")
+    images, labels = (*maps, None)[:2]
+    return Packed(images, labels, index)
 
 
 def is_cached(folder, split, title, cache_gb):
@@ -154,6 +167,7 @@ def is_cached(folder, split, title, cache_gb):
 
     False if that would pass --cache-gb, or half of what is free there.
     """
+    clear_away_what_was_killed(folder.parent)
     if folder.is_dir():
         return True
     bytes_each = np.mean([sum(part.nbytes for part in split.pair(i)) for i in some_of(split)])
@@ -167,6 +181,14 @@ def is_cached(folder, split, title, cache_gb):
         return False
     build_cache(folder, split, title)
     return True
+
+
+def clear_away_what_was_killed(home):
+    """Remove the folders of builds on which nobody has worked for ten minutes."""
+    for tmp in home.glob("*.tmp*"):
+        with contextlib.suppress(OSError):  # finished just now, by another process
+            if time.time() - tmp.stat().st_mtime > 600:
+                shutil.rmtree(tmp)
 
 
 def pack_scenes(pairs, table):
@@ -220,15 +242,16 @@ def cache_key(dataset, pairs):
 def build_cache(folder, split, title):
     """Decode a split, in parallel, into a folder that gets its name when it is complete."""
     tmp = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-    for old in folder.parent.glob(f"{folder.name}.tmp*"):
-        if time.time() - old.stat().st_mtime > 600:  # nobody works on it: a build that was killed
-            shutil.rmtree(old, ignore_errors=True)
     try:
         tmp.mkdir()
         np.save(tmp / "index.npy", index_of(decode(split, tmp, title)))
         try:
             os.rename(tmp, folder)
             print(f"cache {title}: {len(split)} images in {folder}", flush=True)
+            alike = folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*")
+            others = [other.name for other in alike if other != folder and other.suffix == ""]
+            if others:
+                print(f"  beside it, of other files or settings: {some(others, 2)}")
         except OSError:
             if not folder.is_dir():  # if it is, another process was faster: use its result
                 raise

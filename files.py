@@ -35,7 +35,13 @@ def installed(package):
 
 
 def cli(main, args):
-    """Run a script's main; a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's main; a UserError becomes one line on stderr and exit code 2.
+
+    SIGTERM unwinds it, so that nothing half-written stays; under torchrun, whose processes may be
+    waiting for each other, it ends at once.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main(args)
     except KeyboardInterrupt:

@@ -128,7 +128,9 @@ def print_methods(student, teacher, num_classes, size):
         gmacs = sum(cost[k] - own[k] for k in ("gmacs", "attention_gmacs"))
         params = cost["params"] - own["params"]
         fields = ", ".join(read) or "nothing"
-        print(f"{name:12s} {params:10,d} {gmacs:8.2f}  {fields:20s}  {methods.PAPERS.get(name, '')}")
+        print(
+            f"{name:12s} {params:10,d} {gmacs:8.2f}  {fields:20s}  {methods.PAPERS.get(name, '')}"
+        )
 
 
 def size(text):

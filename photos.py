@@ -97,12 +97,16 @@ def find(root, split, store, limit=None):
         for where, inner, there in os.walk(folder / name):
             inner.sort()
             place = os.path.relpath(where, folder)
-            found += [f"{place}/{f}" for f in sorted(there) if f.lower().endswith(SUFFIXES)]
+            found += [f"{place}/{f}" for f in sorted(there) if is_photo(f)]
         if not found:
             raise UserError(f"{folder / name}: no photos in it ({', '.join(SUFFIXES)})")
         names += map(os.fsencode, found)
         labels += [label] * len(found)
     return Photos(folder, np.array(names), np.array(labels), classes, store)
+
+
+def is_photo(name):
+    return name.lower().endswith(SUFFIXES) and name[0] != "."  # ._a.jpg is a Mac's, and no photo
 
 
 def open_splits(root, store, cache="on", cache_dir=None, cache_gb=None, limit=None):
@@ -131,8 +135,7 @@ def open_cache(photos, home, cache_gb):
     folder = home / f"photos-{title}-{cache_key(photos)}"
     if not data.is_cached(folder, photos, title, cache_gb):
         return None
-    pixels = np.memmap(folder / "images.bin", np.uint8, "r")
-    return data.Packed(pixels, None, np.load(folder / "index.npy"))
+    return data.open_packed(folder, len(photos), with_labels=False)
 
 
 def cache_key(photos):

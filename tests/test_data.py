@@ -146,9 +146,24 @@ def test_cache_holds_what_the_files_hold(folder, tmp_path):
     assert contents(elsewhere) == contents(files) and list((tmp_path / "c").iterdir())
 
 
-def test_cache_is_built_once_and_anew_when_a_file_changes(folder, monkeypatch):
+@pytest.mark.parametrize("name, size", [("index.npy", 0), ("images.bin", 100), ("labels.bin", 0)])
+def test_a_damaged_cache_is_named(folder, name, size):
+    dataset = catalog.open_dataset("folder", folder)
+    want = contents(data.open_split(dataset, "train", folder))
+    (cache,) = (folder / ".cache").iterdir()
+    os.truncate(cache / name, size)
+    with pytest.raises(UserError, match=f"{cache.name}: a damaged cache; remove this folder"):
+        data.open_split(dataset, "train", folder)
+    shutil.rmtree(cache)
+    assert contents(data.open_split(dataset, "train", folder)) == want
+
+
+def test_cache_is_built_once_and_anew_when_a_file_changes(folder, monkeypatch, capsys):
     dataset = catalog.open_dataset("folder", folder)
     first = data.open_split(dataset, "train", folder)
+    (old,) = (folder / ".cache").iterdir()
+    data.open_split(dataset, "val", folder)
+    assert "beside it" not in capsys.readouterr().out
     monkeypatch.setattr(data, "decode", None)  # to build again would fail
     data.open_split(dataset, "train", folder)
     monkeypatch.undo()
@@ -157,6 +172,7 @@ def test_cache_is_built_once_and_anew_when_a_file_changes(folder, monkeypatch):
     Image.fromarray(label).save(folder / "labels" / "p3.png")
     again = data.open_split(catalog.open_dataset("folder", folder), "train", folder)
     assert np.array_equal(again.image(3), image) and not np.array_equal(first.image(3), image)
+    assert f"beside it, of other files or settings: {old.name}\n" in capsys.readouterr().out
 
 
 def test_cache_too_large_is_not_built(folder, capsys):
@@ -207,11 +223,10 @@ def test_kill_during_the_build_leaves_nothing_half_done(tmp_path):
     dataset = catalog.open_dataset("folder", folder)
     cached = data.open_split(dataset, "train", folder)
     assert contents(cached) == contents(data.open_split(dataset, "train", folder, cache="off"))
-    os.utime(half, (0, 0))  # once nobody has worked on it for a while, it is cleared away
-    built = cache / half.name.split(".tmp")[0]
-    shutil.rmtree(built)
+    assert half.exists()  # somebody may be at work
+    os.utime(half, (0, 0))
     data.open_split(dataset, "train", folder)
-    assert built.exists() and not half.exists()
+    assert not half.exists() and len([*cache.iterdir()]) == 1
 
 
 def test_failed_build_cleans_up(tmp_path):
@@ -234,6 +249,12 @@ def test_no_space_left(folder, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------
 # few labels
+
+
+def test_short_side_is_the_usual_one():
+    sizes = np.array([(50, 40), (64, 96), (70, 64), (64, 64), (300, 200)])
+    split = data.Packed(np.zeros(3 * sizes.prod(1).sum(), np.uint8), None, data.index_of(sizes))
+    assert data.short_side(split) == 64
 
 
 def test_few_labels():

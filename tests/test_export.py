@@ -1,7 +1,10 @@
 """Exports against the programs that open them, and what a failed one leaves behind."""
 
 import json
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,6 +263,28 @@ def test_other_files_stay(tmp_path, monkeypatch):
     assert sorted(p.name for p in out.iterdir()) == names
     assert (out / "notes.txt").read_text() == "mine"
     assert json.loads((out / "config.json").read_text())["model_type"] == "segformer"
+
+
+TERMINATED = """
+import sys, time
+sys.path.insert(0, {root!r})
+import export, files, pathlib
+def main(args):
+    with export.staging(pathlib.Path({out!r})) as tmp, files.atomic(tmp / "a") as half:
+        open(half, "w").close()
+        print(flush=True)
+        time.sleep(60)
+files.cli(main, None)
+"""
+
+
+def test_sigterm_leaves_nothing(tmp_path):
+    code = TERMINATED.format(root=str(Path(export.__file__).parent), out=str(tmp_path / "out"))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert list(tmp_path.rglob("a.tmp*"))
+        child.terminate()
+    assert child.returncode == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("there", [False, True])

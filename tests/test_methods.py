@@ -94,12 +94,12 @@ def test_a_method_of_ones_own(place, tmp_path, monkeypatch, capsys):
     assert {"ce", "mine"} <= steps(tmp_path / "out")[0].keys()
     train.main(train.get_args(["--method", "list"]))
     assert "mine " in capsys.readouterr().out
-    for method, words in (
+    for method, message in (
         (Unsaid, "method 'mine' does not say needs_logits: set it to True or False"),
         (Clash, "a method's term is called 'ce', as the cross-entropy of the labels is"),
     ):
         monkeypatch.setitem(methods.METHODS, "mine", method)
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             run(place / "data", tmp_path / method.__name__, *flags(place, "mine"))
 
 

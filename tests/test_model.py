@@ -203,7 +203,11 @@ def test_weights_of_another_net_are_no_start(tmp_path, capsys):
         torch.save(model.build(name, 5).state_dict(), tmp_path / f"{name}.pt")
     for name, other, words in (
         ("b0", "b1", "not the encoder of a b0, but b1 or pvt_v2_b1: 1"),
-        ("b2", "b1", r"but b1 .*: \d+ of \d+ tensors missing or of another shape: encoder.stages.0"),
+        (
+            "b2",
+            "b1",
+            r"but b1 .*: \d+ of \d+ tensors missing or of another shape: encoder.stages.0",
+        ),
         ("b1", "b2", r"but b2 .*: \d+ tensors too many: encoder.stages.0.blocks.2"),
     ):
         net = model.build(name, 5)

@@ -694,7 +694,9 @@ def test_one_run_at_a_time_in_a_folder(folder, tmp_path):
             with pytest.raises(UserError, match="out: another run is at work there: pass another"):
                 run(folder, tmp_path / "out", *more)
         other.kill()
+    (tmp_path / "out/last.pt.tmp123").touch()
     run(folder, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tmp*"))
 
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, tmp_path):
