@@ -6,6 +6,7 @@ of (stem, image, label) files a split. Nothing after the table knows of void, ze
 """
 
 import dataclasses
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from files import Progress, UserError, some
 from sources import SOURCES, how_to_get
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+PHOTO_SUFFIXES = (*IMAGE_SUFFIXES, ".webp", ".bmp", ".tif", ".tiff")  # of photos without labels
 
 # ------------------------------------------------------------------------------------------------
 # what a data set is
@@ -323,6 +325,13 @@ def read_classes(path):
             classes.append((" ".join(words[:-3]), tuple(int(w) for w in words[-3:])))
         else:
             classes.append((line, colour))
+    names = [name for name, _ in classes]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        at = [k for k, name in enumerate(names) if name == twice[0]]
+        raise UserError(f"{path}: classes {at[0]} and {at[1]} have the same name, '{twice[0]}'")
+    if names[0].startswith("#"):
+        raise UserError(f"{path}: '{lines[0]}' would be class 0: comments are not known here")
     return classes
 
 
@@ -346,7 +355,8 @@ def files_in(folder, suffixes=IMAGE_SUFFIXES):
     if not folder.is_dir():
         raise Missing(f"{folder}: no such folder")
     found = {}
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes):
+    inside = sorted(e.name for e in os.scandir(folder) if is_image(e.name, suffixes))
+    for path in map(folder.joinpath, inside):
         if path.stem in found:
             both = f"{found[path.stem].name} and {path.name}"
             raise UserError(f"{folder}: {both} have the same stem, remove one of them")
@@ -354,12 +364,18 @@ def files_in(folder, suffixes=IMAGE_SUFFIXES):
     return found
 
 
+def is_image(name, suffixes=PHOTO_SUFFIXES):
+    """By its name. A hidden one, ._a.jpg, is what a Mac keeps beside a.jpg, and no image."""
+    return name.lower().endswith(suffixes) and name[0] != "."
+
+
 def pair_up(images, labels, stems, source):
     for what, found in (("image", images), ("label", labels)):
         missing = [s for s in stems if s not in found]
         if missing:
-            n, of, stem = len(missing), len(stems), Path(missing[0]).stem
-            hint = f"; write {stem}, without its suffix" if stem in found else ""
+            n, of = len(missing), len(stems)
+            stem = Path(re.split(r"[\s,;]", missing[0])[0]).stem
+            hint = f"; write {stem}, without folder and suffix" if stem in found else ""
             raise UserError(f"{source}: {n} of {of} have no {what}: {some(missing)}{hint}")
     return [(s, images[s], labels[s]) for s in stems]
 
@@ -388,7 +404,8 @@ def read_image(path):
 def upright(image, path):
     """(H, W, 3) uint8 of an open image, upright whatever the camera's EXIF orientation."""
     if image.mode[0] in "IF":
-        raise UserError(f"{path}: mode {image.mode}; photos must have 8 bits a channel")
+        words = "photos must have 8 bits a channel (from 16 bits: divide by 257)"
+        raise UserError(f"{path}: mode {image.mode}; {words}")
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 

@@ -273,6 +273,33 @@ def decode(split, folder, title):
     return sizes
 
 
+def fingerprint(dataset, splits):
+    """Changes with the name of any file of these splits, and with its size; not with its folder."""
+    facts = hashlib.sha256(dataset.table.tobytes())
+    for pair in [pair for split in splits for pair in dataset.pairs[split]]:
+        stem, *paths = [pair] if isinstance(pair, int) else pair
+        facts.update(json.dumps([stem, *(p.stat().st_size for p in paths if p)]).encode())
+    return facts.hexdigest()[:16]
+
+
+def check_labels(split, classes, whose):
+    """UserError if labels say nothing at all, and a warning if they are of one class only.
+
+    The labels are all read if some of them say so little.
+    """
+    pixels = sum(np.bincount(split.label(i).ravel(), minlength=256) for i in some_of(split))
+    if np.count_nonzero(pixels[:IGNORE]) < 2:
+        pixels = class_pixels(split)
+    found = np.flatnonzero(pixels[:IGNORE])
+    see = "what `python data.py check` says of them"
+    if not len(found):
+        raise UserError(f"the labels of the {whose} are void all over: nothing to learn; see {see}")
+    if len(found) == 1 and len(classes) > 1:
+        print(
+            f"!!! the labels of the {whose} know one class only, '{classes[found[0]]}': see {see}"
+        )
+
+
 def class_pixels(split):
     """(256,) int64: pixels of each class, and of IGNORE at 255, over a split's images."""
 

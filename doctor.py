@@ -52,6 +52,7 @@ class Seen:
     narrow: int = 0
     between: np.ndarray = dataclasses.field(default_factory=no_pixels)
     contrast: tuple = (0, 0)  # see contrast_of
+    top: int = IGNORE  # the largest value that the label's file can hold
 
     def add(self, label):
         self.counts = np.bincount(label.ravel(), minlength=256)
@@ -67,7 +68,7 @@ def examine(pair, dataset):
     seen = Seen(pair[0])
     try:
         if pair[2] is not None:  # not withheld
-            label = catalog.read_label(pair[2])
+            label, seen.top = catalog.read_label(pair[2]), mistakes.largest_index(pair[2])
             if mistakes.start_of(pair[2]).startswith(b"\xff\xd8"):
                 raise UserError(f"{pair[2]}: a JPEG inside, which keeps no ids")
             seen.add(label)

@@ -274,15 +274,27 @@ def save_image(picture, path):
         picture.save(tmp, format="PNG")
 
 
+def photos_of(source):
+    """What --image names: a photo, or those of a folder, by name."""
+    if not source.exists():
+        raise UserError(f"{source}: no such file")
+    if not source.is_dir():
+        return [source]
+    paths = sorted(path for path in source.iterdir() if path.is_file())
+    photos = [path for path in paths if catalog.is_image(path.name)]
+    if not photos:
+        raise UserError(f"{source}: no photos in it ({', '.join(catalog.PHOTO_SUFFIXES)})")
+    if len(photos) < len(paths):
+        others = files.some(path.name for path in paths if path not in photos)
+        print(f"{source}: {len(photos)} photos; left out: {others}")
+    return photos
+
+
 @torch.no_grad()
 def label_photos(net, facts, args, views):
     """--image: for every photo a colour mask, an overlay and the ids, at the photo's own size."""
     source = Path(args.image)
-    paths = [source]
-    if source.is_dir():
-        paths = [p for p in sorted(source.iterdir()) if p.suffix.lower() in catalog.IMAGE_SUFFIXES]
-    if not paths or not source.exists():
-        raise UserError(f"{source}: " + ("no photos in it" if source.is_dir() else "no such file"))
+    paths, unread = photos_of(source), []
     if not args.out_dir:
         raise UserError("--image needs --out-dir, the folder for the pictures")
     files.check_folder("--out-dir", args.out_dir)
@@ -291,7 +303,12 @@ def label_photos(net, facts, args, views):
     stems = [p.stem for p in paths]
     out = Path(args.out_dir)
     for k, path in enumerate(paths):
-        image = catalog.read_image(path)
+        try:
+            image = catalog.read_image(path)
+        except UserError as e:
+            unread.append(e)
+            print(f"{k + 1}/{len(paths)} {e}")
+            continue
         x = prepare(image, facts, args.short_side or facts["short_side"]).to(args.device)
         with autocast(args.device, args.dtype):
             ids = predict(net, x, image.shape[:2], **views).argmax(dim=1)[0]
@@ -303,6 +320,8 @@ def label_photos(net, facts, args, views):
         save_image(picture, out / f"{name}_overlay.png")
         save_image(Image.fromarray(ids), out / f"{name}_ids.png")
         print(f"{k + 1}/{len(paths)} {path} -> {out}/{name}_{{mask,overlay,ids}}.png")
+    if unread:
+        raise UserError(f"{len(unread)} of {len(paths)} not labelled; the first: {unread[0]}")
 
 
 # ------------------------------------------------------------------------------------------------

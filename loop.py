@@ -58,8 +58,12 @@ class Run:
 
     def log(self, **record):
         if self.rank == 0:
-            with open(self.out / "log.jsonl", "a") as f:
-                f.write(json.dumps(record) + "\n")
+            path = self.out / "log.jsonl"
+            try:
+                with open(path, "a") as f:
+                    f.write(json.dumps(record) + "\n")
+            except OSError as e:  # that of a full disk names no file
+                raise UserError(f"cannot write {path}: {e.strerror or e}") from e
 
 
 def start(args, batch_sizes, results):
@@ -120,16 +124,7 @@ def resume(run):
     state = files.load_tensors(path)
     if not isinstance(state, dict) or state.get("format") != "run-state-2":
         raise UserError(f"{path}: not the state of a run; was another file put in its place?")
-    for name, now in settings(run.args).items():
-        was = state["settings"].get(name)
-        if was != now:
-            raise UserError(f"--resume: {files.as_flag(name)} was {was}, now it is {now}")
-    for what, now in run.data.items():
-        was = state.get("data", run.data)[what]
-        if was != now:
-            if what == "classes":
-                was, now = (f"{len(names)} ({files.some(names)})" for names in (was, now))
-            raise UserError(f"--resume: the data are others: {what} was {was}, now it is {now}")
+    check_same(run, state)
     run.results, run.inits = state["results"], state["inits"]
     run.state = state if state["stage"] else None
     if run.rank == 0 and log.exists():  # drop what came after the saved step
@@ -142,6 +137,20 @@ def resume(run):
                 if record["stage"] in run.results or before:
                     keep.append(line + "\n")
         files.write_text(log, "".join(keep))
+
+
+def check_same(run, state):
+    """UserError that names all settings and data which are not those of the run in last.pt."""
+    then, told = state.get("data", {}), []
+    pairs = {files.as_flag(k): (state["settings"].get(k), v) for k, v in settings(run.args).items()}
+    pairs |= {f"the data are others: {k}": (then.get(k, v), v) for k, v in run.data.items()}
+    pairs = {what: both for what, both in pairs.items() if both[0] != both[1]}
+    for what, both in pairs.items():
+        if what.endswith(": classes"):
+            both = [f"{len(names)} ({files.some(names)})" for names in both]
+        told.append("{} was {}, now it is {}".format(what, *both))
+    if told:
+        raise UserError(f"--resume: {'; '.join(told)}")
 
 
 def save_state(run, stage=None, step=0, parts=None, total=None):

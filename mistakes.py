@@ -49,7 +49,14 @@ def diagnose(pair, dataset):
 
 def start_of(path):
     with open(path, "rb") as f:
-        return f.read(16)
+        return f.read(32)
+
+
+def largest_index(path):
+    """The largest value that a label file can hold: less than 255 if its palette is of few bits."""
+    start = start_of(path)
+    palette = start.startswith(b"\x89PNG") and start[25:26] == b"\x03"
+    return 2 ** start[24] - 1 if palette else 255
 
 
 def why_unpaired(root, error):
@@ -208,6 +215,19 @@ def grey_palette(files, dataset):
             return f"grey levels of {whose}'s colours ({some(values)}): save the ids of the classes"
 
 
+def few_bits(files, dataset):
+    """Void where a palette ends before 255: the file keeps its lowest bits."""
+    counts = pixels_of(files)
+    cut = [seen for seen in files if seen.top < IGNORE and seen.counts[seen.top]]
+    cut = [s for s in cut if dataset.table[s.top] < 0 or unnamed(dataset) and not counts[s.top - 1]]
+    if cut:
+        return (
+            f"{len(cut)} of {len(files)} labels, such as {cut[0].stem}, have a palette that ends "
+            f"at {cut[0].top}: void, {IGNORE}, became {cut[0].top} when they were written. Write "
+            "them anew with 8 bits a pixel, mode L"
+        )
+
+
 def minus_one(files, dataset):
     values, smallest, largest = values_of(files, dataset)
     if values[1:] and values[-1] == 254 and smallest <= values[0] and values[-2] < largest < 254:
@@ -258,7 +278,7 @@ def without_class(files, dataset):
         )
 
 
-LIKELY = [interpolated, grey_palette, minus_one, street_ids, plus_one, one_too_many]
+LIKELY = [interpolated, few_bits, grey_palette, minus_one, street_ids, plus_one, one_too_many]
 LIKELY += [without_class]  # the first that has words is told
 
 # ------------------------------------------------------------------------------------------------
@@ -272,7 +292,8 @@ def every(splits):
 def all_void(splits, dataset):
     for split in ("train", "val"):  # of test splits the labels may be dummies
         if is_void(pixels_of(splits[split]), dataset):
-            return f"every pixel of {split} is void ({IGNORE}): nothing can be learnt from this"
+            what = "learn" if split == "train" else "score"
+            return f"every pixel of {split} is void ({IGNORE}): there is nothing to {what}"
 
 
 def binary(splits, dataset):

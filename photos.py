@@ -24,7 +24,6 @@ import data
 from files import UserError, some
 from model import IMAGENET_MEAN, IMAGENET_STD
 
-SUFFIXES = (*catalog.IMAGE_SUFFIXES, ".webp")
 ASPECT = 3 / 4, 4 / 3  # width to height of a random window
 
 # ------------------------------------------------------------------------------------------------
@@ -97,16 +96,14 @@ def find(root, split, store, limit=None):
         for where, inner, there in os.walk(folder / name):
             inner.sort()
             place = os.path.relpath(where, folder)
-            found += [f"{place}/{f}" for f in sorted(there) if is_photo(f)]
+            found += [f"{place}/{f}" for f in sorted(there) if catalog.is_image(f)]
         if not found:
-            raise UserError(f"{folder / name}: no photos in it ({', '.join(SUFFIXES)})")
+            raise UserError(
+                f"{folder / name}: no photos in it ({', '.join(catalog.PHOTO_SUFFIXES)})"
+            )
         names += map(os.fsencode, found)
         labels += [label] * len(found)
     return Photos(folder, np.array(names), np.array(labels), classes, store)
-
-
-def is_photo(name):
-    return name.lower().endswith(SUFFIXES) and name[0] != "."  # ._a.jpg is a Mac's, and no photo
 
 
 def open_splits(root, store, cache="on", cache_dir=None, cache_gb=None, limit=None):

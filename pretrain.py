@@ -12,6 +12,7 @@ train.py are made for maps of labels.
 
 import argparse
 import functools
+import hashlib
 import math
 
 import torch
@@ -195,6 +196,8 @@ def open_run(args):
         args.epochs = None
     loop.claim(place["out"], place["rank"])
     known = dict(classes=train.classes, train=len(train), val=len(val))
+    names = hashlib.sha256(train.names.tobytes() + val.names.tobytes())
+    known["names of files"] = names.hexdigest()[:16]
     run = loop.Run(args=args, data=known, **place)
     if args.resume:
         loop.resume(run)

@@ -118,9 +118,20 @@ def open_run(args):
     run.images("student")  # are there as many?
     run.data = dict(classes=list(dataset.classes), train=len(train), val=len(val))
     run.data |= dict(unlabelled=len(run.unlabelled))
+    run.data["names and sizes of files"] = data.fingerprint(dataset, names)
     if args.resume:
         loop.resume(run)
+    check_labels(run)
     return run
+
+
+def check_labels(run):
+    """UserError if a stage would learn from labels that say nothing."""
+    with told_once(run):
+        if run.args.teacher:
+            data.check_labels(run.train, run.dataset.classes, "training images")
+        few = data.subset(run.few, run.args.student_labels or len(run.few))
+        data.check_labels(few, run.dataset.classes, "student's images")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -164,7 +164,12 @@ def locate(source):
     if named and not re.search(r"\.(pt|pth|bin|safetensors|ckpt)$", name):
         if not path.parent.exists():
             home, model = name.split("/")
-            return fetch_torchvision(model) if home == "torchvision" else fetch(name)
+            if home == "torchvision":
+                return fetch_torchvision(model)
+            try:
+                return fetch(name)
+            except UserError as e:
+                raise UserError(f"no file or folder here, and on the hub, {e}") from e
     raise UserError(f"{source}: no such file" + " or folder" * (not path.suffix))
 
 

@@ -32,6 +32,7 @@ WORDS = {  # what to look for in the doctor's words, for each mistake
     "void is 0": r"is 0 void\? Then",
     "one too many": r"one too many",
     "shifted": r"shifted by one\?",
+    "few bits": r"have a palette that ends at \d+: void, 255, became \d+ when",
     "shifted down": r"shifted by minus one",
     "palette": r"in the colours of this data set",
     "voc palette": r"in the colours of PASCAL VOC",
@@ -312,6 +313,17 @@ def test_values(tmp_path, capsys, case):
     relabel(root, change)
     named, out, error = check(root, capsys)
     assert named == {mistake} and "problem(s)" in error and "nan" not in out
+
+
+@pytest.mark.parametrize("k, named", [(3, True), (5, True), (5, False), (14, True)])
+def test_palettes_of_few_bits_lose_void(tmp_path, capsys, k, named):
+    root = town(tmp_path / "data", k, names="auto" if named else None)
+    for path in sorted((root / "labels").iterdir()):
+        label = Image.open(path)
+        label.putpalette(COLOURS[:k].ravel().tolist())
+        label.save(path)
+    assert check(root, capsys)[0] == {"few bits"}
+    assert np.asarray(Image.open(path)).max() == (3 if k == 3 else 15)
 
 
 def test_grey_levels_without_classes_txt(tmp_path, capsys):

@@ -312,7 +312,7 @@ def test_files_that_are_no_checkpoints(monkeypatch, tmp_path, content):
         run(monkeypatch, "--ckpt", tmp_path / "a.pt")
 
 
-def test_photos(monkeypatch, tmp_path, ckpt):
+def test_photos(monkeypatch, tmp_path, ckpt, capsys):
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     image = Image.new("RGB", (90, 50), "white")
@@ -322,8 +322,15 @@ def test_photos(monkeypatch, tmp_path, ckpt):
     image.save(photos / "a.jpg", exif=exif)
     image.save(photos / "b.png")
     image.convert("L").save(photos / "b.jpg")
-    run(monkeypatch, "--ckpt", ckpt, "--image", photos, "--out-dir", out)
-    names = {"a", "b.png", "b.jpg"}
+    image.save(photos / "c.webp")
+    (photos / "b2.jpg").write_text("no photo")
+    (photos / "._a.jpg").write_text("a Mac's")
+    (photos / "notes.txt").write_text("mine")
+    (photos / "folder.png").mkdir()
+    with pytest.raises(files.UserError, match="1 of 5 not labelled; the first: .*b2.jpg: cannot"):
+        run(monkeypatch, "--ckpt", ckpt, "--image", photos, "--out-dir", out)
+    assert "5 photos; left out: ._a.jpg, notes.txt\n" in capsys.readouterr().out
+    names = {"a", "b.png", "b.jpg", "c"}
     assert {p.name for p in out.iterdir()} == {
         f"{n}_{kind}.png" for n in names for kind in ("mask", "overlay", "ids")
     }

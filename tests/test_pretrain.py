@@ -488,7 +488,8 @@ def test_the_whole_job(tree, tmp_path, capsys):
     out = tmp_path / "out"
     more = ["--max-iters", "40", "--lr", "3e-3", "--colour", "0", "--eval-every", "20"]
     metrics = run(tree, out, *more)
-    assert {p.name for p in out.iterdir()} == {"encoder.pt", "last.pt", "log.jsonl", "metrics.json"}
+    made = {p.name for p in out.glob("[!.]*")}
+    assert made == {"encoder.pt", "last.pt", "log.jsonl", "metrics.json"}
     assert metrics["top1"] >= 5 / 6 and metrics["top5"] == 1  # 3 classes, each a colour
     assert metrics["encoder"]["images"] == 6 and metrics["encoder"]["steps"] == 40
     for r in steps(out):
@@ -753,3 +754,7 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tree, tmp_path):
         run(tree, tmp_path / "out")
     with pytest.raises(UserError, match="--resume: --max-iters was 1, now it is 6"):
         run(tree, tmp_path / "out", "--resume")
+    photo = next((tree / "train/thing0").glob("*.jpg"))
+    photo.rename(photo.with_stem("other"))
+    with pytest.raises(UserError, match="the data are others: names of files was "):
+        run(tree, tmp_path / "out", "--resume", "--max-iters", "1")

@@ -151,7 +151,7 @@ def test_teacher_with_another_normalisation_sees_the_same_pixels():
 def test_the_whole_job(folder, tmp_path, capsys):
     out = tmp_path / "out"
     metrics = run(folder, out, "--alone")
-    files = {p.name for p in out.iterdir()}
+    files = {p.name for p in out.glob("[!.]*")}
     assert files == {
         "teacher.pt",
         "alone.pt",
@@ -516,6 +516,12 @@ def test_a_loss_that_is_not_finite_stops_with_its_name(folder, tmp_path, monkeyp
 # mistakes
 
 
+def paint(folder, value, stem="p*"):
+    """One value all over the labels."""
+    for path in (folder / "labels").glob(f"{stem}.png"):
+        Image.new("L", (48, 40), value).save(path)
+
+
 MISTAKES = {
     "no such dataset": (
         ["--dataset", "kitti"],
@@ -575,16 +581,41 @@ MISTAKES = {
     "no stems": (
         [],
         lambda d: (d / "val.txt").write_text("p6.png\np7.png"),
-        "val.txt: 2 of 2 have no image: p6.png, p7.png; write p6, without its suffix",
+        "val.txt: 2 of 2 have no image: p6.png, p7.png; write p6, without folder and suffix",
     ),
     "out is a file": (["--out-dir", __file__], None, "test_train.py is a file, not a folder"),
     "unreadable": ([], lambda d: (d / "images/p1.png").write_bytes(b""), "p1.png: cannot be read"),
     "empty split": ([], lambda d: (d / "val.txt").write_text("\n"), "the val split is empty"),
+    "two columns": (
+        [],
+        lambda d: (d / "val.txt").write_text("images/p6.png\tlabels/p6.png\nimages/p7.png"),
+        "write p6, without folder and suffix",
+    ),
+    "one name twice": (
+        [],
+        lambda d: (d / "classes.txt").write_text("a\nb 1 2 3\nb"),
+        "classes.txt: classes 1 and 2 have the same name, 'b'",
+    ),
+    "comment": (
+        [],
+        lambda d: (d / "classes.txt").write_text("# name\na\nb"),
+        "'# name' would be class 0",
+    ),
     "no list": ([], lambda d: (d / "train.txt").unlink(), "train.txt: no such file"),
     "out of range": (
         [],
         lambda d: Image.new("L", (48, 40), 7).save(d / "labels/p2.png"),
         "p2.png: label values 7 are not classes of this data set; allowed are 0 to 2, 255",
+    ),
+    "void all over": (
+        [],
+        lambda d: paint(d, 255),
+        "the labels of the training images are void all over: nothing to learn; see what",
+    ),
+    "void for the student": (
+        ["--student-images", "1"],
+        lambda d: paint(d, 255, stem="p0"),
+        "the labels of the student's images are void all over",
     ),
     "sizes differ": (
         [],
@@ -597,6 +628,13 @@ MISTAKES = {
         "256 classes, 1 to 255 are possible",
     ),
 }
+
+
+def test_labels_of_one_class_are_told(folder, tmp_path, capsys):
+    paint(folder, 1)
+    run(folder, tmp_path / "out", "--method", "none")
+    said = capsys.readouterr().out
+    assert "!!! the labels of the student's images know one class only, 'thing 1'" in said
 
 
 @pytest.mark.parametrize("cache", ["on", "off"])
@@ -733,8 +771,18 @@ def test_a_run_goes_on_with_its_own_data_only(folder, tmp_path, monkeypatch):
     (folder / "classes.txt").write_text("a\nb\nc\nd")
     with pytest.raises(UserError, match="classes was 3 .thing 0, .*, now it is 4 .a, b, c, d."):
         run(folder, out, "--method", "none", "--save-every", "0", "--resume")
+    both = "--resume: --lr was 0.0006, now it is 0.1; the data are others: classes was 3"
+    with pytest.raises(UserError, match=both):
+        run(folder, out, "--method", "none", "--save-every", "0", "--resume", "--lr", "0.1")
     (folder / "classes.txt").write_text("thing 0\nthing 1\nthing 2")
-    run(folder, out, "--method", "none", "--save-every", "0", "--resume")
+    label = folder / "labels/p1.png"
+    before = label.read_bytes()
+    Image.new("L", (48, 40), 1).save(label)
+    with pytest.raises(UserError, match="the data are others: names and sizes of files was "):
+        run(folder, out, "--method", "none", "--save-every", "0", "--resume")
+    label.write_bytes(before)
+    elsewhere = folder.rename(tmp_path / "moved")
+    run(elsewhere, out, "--method", "none", "--save-every", "0", "--resume")
 
 
 def test_no_space_left_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch):

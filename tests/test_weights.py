@@ -427,6 +427,7 @@ def test_download_that_is_damaged_is_not_kept(tmp_path, hub):
 def test_no_network_says_what_to_do_by_hand(tmp_path):
     done = fetch(tmp_path / "home", 9)  # nobody listens there
     assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "no file or folder here, and on the hub, somebody/some-model: no con" in done.stderr
     assert "no connection to http://127.0.0.1:9" in done.stderr
     assert "huggingface.co/somebody/some-model/tree/main and pass the folder" in done.stderr
 
