@@ -16,6 +16,7 @@ from functools import cache, partial
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import cnn
 import files
 import methods
 import model
@@ -167,6 +168,10 @@ def main(args):
     for name in ("csf_norm", "teacher"):
         if getattr(args, name) and not args.method:
             raise files.UserError(f"{files.as_flag(name)} has no effect without --method")
+    cnns = [name for name in args.model or () if name in cnn.MODELS]
+    if args.method == "none" or args.method and cnns:
+        lack = "--method none: no wrapper, no row" if not cnns else f"{cnns[0]}: CNNs only teach"
+        raise files.UserError(f"{lack}; leave --method out")
     args.teacher = args.teacher or "b2"
     args.model = args.model or (["b0"] if args.method == "list" else ["b0", "b2"])
     if args.method == "list":

@@ -310,7 +310,7 @@ def report(run, nets):
         title = f"{titles[stage]} ({r['model']})"
         shares = [evaluation.percent(r[k]) for k in ("miou", "pixel_acc", "boundary_iou")]
         run.print(
-            f"{title:34s} {r['params'] / 1e6:6.2f}M {r['gmacs']:7.2f} {shares[0]:>7s} "
+            f"{title:34s} {r['params'] / 1e6:6.2f}M {r['gmacs']:7.3g} {shares[0]:>7s} "
             f"{shares[1]:>11s} {shares[2]:>13s} {loop.clock(r['seconds']):>8s}"
         )
     h, w = run.augment.crop

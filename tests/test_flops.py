@@ -60,6 +60,19 @@ def test_flags_without_effect(words, monkeypatch):
         flops.main(flops.get_args())
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--method none", "--method none: no wrapper, no row; leave --method out"),
+        ("--model fcn_resnet50 --method kd", "fcn_resnet50: CNNs only teach; leave --method out"),
+        ("--model b9 --method kd", "unknown model 'b9'"),
+    ],
+)
+def test_no_rows_of_methods_that_cannot_be(words, message):
+    with pytest.raises(files.UserError, match=message):
+        flops.main(flops.get_args(words.split()))
+
+
 def test_latency(monkeypatch, capsys):
     (row,) = run(monkeypatch, capsys, "--model", "nano", "--size", "64x64", "--latency")
     assert 0 < row["latency_ms"] < 1e4
