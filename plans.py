@@ -65,6 +65,7 @@ ROWS = {
 }
 CLASSIFIERS = {  # likewise, flags of pretrain.py
     "alone": "",
+    "alone, twice the steps": "{twice}",
     "kd": "--method kd",
     "kd, no labels": "--method kd --ce-weight 0 --kd-weight 1",  # as in manifold+kd, without it
 } | {name: f"--method {name}" for name in pretrain.WEIGHTS if name != "none"}

@@ -113,13 +113,14 @@ def classifier_flags(plan, name):
 
 
 def classifier_jobs(plan, args, teacher, student, shared):
-    """A classifier of photos and its students, alone and by every method, with `shared` flags."""
+    """A classifier of photos and its students, alone and by every method; `shared`: how long."""
     first = encoder_job(plan, args, teacher)
     jobs, pair = [first], f"{student} from {teacher}"
+    unit, n = shared.split()
     shared = f"{classifier_flags(plan, student)} {shared}"
     for seed in range(plan["seeds"]["photos"]):
         for row, how in CLASSIFIERS.items():
-            flags, needs = f"--seed {seed} {how}", []
+            flags, needs = f"--seed {seed} {how}".format(twice=f"{unit} {2 * int(n)}"), []
             if "--method" in how:
                 needs = [first.made]
                 flags += f" --teacher {first.folder / 'encoder.pt'}"
