@@ -451,8 +451,7 @@ def score(net, facts, args, views):
     dataset = catalog.open_dataset(args.dataset or facts["dataset"], args.data_dir)
     catalog.check_classes(args.ckpt, net, facts, dataset)
     facts = catalog.complete(facts, net.num_classes, dataset)
-    split = data.open_split(dataset, args.split, args.data_dir, args.cache, args.cache_dir)
-    save, pairs = None, dataset.pairs[args.split]
+    save, pairs = None, dataset.pairs.get(args.split, ())
     if args.save_preds:
         files_of = (path for pair in pairs if dataset.name != "scenes" for path in pair[1:] if path)
         if Path(args.save_preds).resolve() in {path.parent.resolve() for path in files_of}:
@@ -466,6 +465,7 @@ def score(net, facts, args, views):
             name = f"{pairs[i]:07d}" if dataset.name == "scenes" else pairs[i][1].stem
             save_image(Image.fromarray(values[ids]), Path(args.save_preds) / f"{name}.png")
 
+    split = data.open_split(dataset, args.split, args.data_dir, args.cache, args.cache_dir)
     how = (args.device, args.dtype, args.protocol, args.batch_size)
     metrics = evaluate(net, split, facts, *how, dataset.parts_of(args.split), save, **views)
     if metrics["pixel_acc"] is None:

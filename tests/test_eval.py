@@ -283,6 +283,7 @@ def test_predictions_do_not_replace_the_data_set(monkeypatch, folder, ckpt, name
         argv = ["--ckpt", ckpt, "--data-dir", folder, "--save-preds", folder / "." / name]
         run(monkeypatch, *argv)
     assert {path: path.read_bytes() for path in folder.rglob("*.png")} == before
+    assert not (folder / ".cache").exists()  # nor is anything decoded before
 
 
 def test_a_photo_that_is_void_all_over(monkeypatch, folder, tmp_path):
