@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -185,7 +186,9 @@ def is_cached(folder, split, title, cache_gb):
 
 def clear_away_what_was_killed(home):
     """Remove the folders of builds on which nobody has worked for ten minutes."""
-    for tmp in home.glob("*.tmp*"):
+    for tmp in home.iterdir():
+        if not re.fullmatch(r".+-[0-9a-f]{16}\.tmp\d+", tmp.name):
+            continue
         with contextlib.suppress(OSError):  # finished just now, by another process
             if time.time() - tmp.stat().st_mtime > 600:
                 shutil.rmtree(tmp)

@@ -105,7 +105,7 @@ def claim(out, rank):
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: that would unlock it
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for half in out.glob("*.tmp*"):  # written when a run was killed
+            for half in out.glob("last.pt.tmp*"):  # written when a run was killed
                 half.unlink()
         except OSError as e:
             if e.errno in (errno.EACCES, errno.EAGAIN):

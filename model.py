@@ -392,7 +392,9 @@ def recognise(source, state, facts):
             "(--teacher-init, --student-init)"
         )
     dims, depths = encoder_shape(state)
-    num_classes, width = (*state["head.classifier.weight"].shape, 0, 0)[:2]
+    if state["head.classifier.weight"].ndim < 2:
+        raise UserError(f"{source}: damaged, its classifier is no matrix")
+    num_classes, width = state["head.classifier.weight"].shape[:2]
     heads = facts.pop("heads", None)
     for name, shape in MODELS.items():
         if name.startswith("pvt_v2") != pyramid:  # their encoders have the shapes of MiT

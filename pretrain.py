@@ -197,7 +197,7 @@ def open_run(args):
     loop.claim(place["out"], place["rank"])
     known = dict(classes=train.classes, train=len(train), val=len(val))
     names = hashlib.sha256(train.names.tobytes() + val.names.tobytes())
-    known["names of files"] = names.hexdigest()[:16]
+    known["checksum of names"] = names.hexdigest()[:16]
     run = loop.Run(args=args, data=known, **place)
     if args.resume:
         loop.resume(run)

@@ -118,7 +118,7 @@ def open_run(args):
     run.images("student")  # are there as many?
     run.data = dict(classes=list(dataset.classes), train=len(train), val=len(val))
     run.data |= dict(unlabelled=len(run.unlabelled))
-    run.data["names and sizes of files"] = data.fingerprint(dataset, names)
+    run.data["checksum of names and sizes"] = data.fingerprint(dataset, names)
     if args.resume:
         loop.resume(run)
     check_labels(run)

@@ -224,9 +224,11 @@ def test_kill_during_the_build_leaves_nothing_half_done(tmp_path):
     cached = data.open_split(dataset, "train", folder)
     assert contents(cached) == contents(data.open_split(dataset, "train", folder, cache="off"))
     assert half.exists()  # somebody may be at work
-    os.utime(half, (0, 0))
+    (cache / "mine.tmp1").mkdir()
+    for path in cache.iterdir():
+        os.utime(path, (0, 0))
     data.open_split(dataset, "train", folder)
-    assert not half.exists() and len([*cache.iterdir()]) == 1
+    assert not half.exists() and (cache / "mine.tmp1").exists()
 
 
 def test_failed_build_cleans_up(tmp_path):

@@ -756,5 +756,5 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tree, tmp_path):
         run(tree, tmp_path / "out", "--resume")
     photo = next((tree / "train/thing0").glob("*.jpg"))
     photo.rename(photo.with_stem("other"))
-    with pytest.raises(UserError, match="the data are others: names of files was "):
+    with pytest.raises(UserError, match="the data are others: checksum of names was "):
         run(tree, tmp_path / "out", "--resume", "--max-iters", "1")

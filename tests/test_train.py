@@ -778,7 +778,7 @@ def test_a_run_goes_on_with_its_own_data_only(folder, tmp_path, monkeypatch):
     label = folder / "labels/p1.png"
     before = label.read_bytes()
     Image.new("L", (48, 40), 1).save(label)
-    with pytest.raises(UserError, match="the data are others: names and sizes of files was "):
+    with pytest.raises(UserError, match="the data are others: checksum of names and sizes was "):
         run(folder, out, "--method", "none", "--save-every", "0", "--resume")
     label.write_bytes(before)
     elsewhere = folder.rename(tmp_path / "moved")
