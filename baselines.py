@@ -15,17 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from distill import (
-    conv_bn,
-    cwd,
-    full_precision,
-    gram_difference,
-    hcl,
-    refuse_idle,
-    to_grid,
-    valid_mean,
-)
+from distill import conv_bn, cwd, hcl, refuse_idle, to_grid, valid_mean
+from manifold import gram_difference
 from model import to_tokens
+from nets import full_precision
 
 # ------------------------------------------------------------------------------------------------
 # what several of them need
@@ -64,7 +57,7 @@ class PixelKD(nn.Module):
     used, so pixels without one teach as well.
     """
 
-    needs_teacher = needs_logits = True
+    needs_teacher = needs_head = True
 
     def __init__(self, student_channels, teacher_channels, kd_weight=1.0, temperature=1.0):
         super().__init__()
@@ -92,15 +85,15 @@ class FitNet(nn.Module):
         self, student_channels, teacher_channels, widths, fitnet_weight=10.0, fitnet_layer="decoded"
     ):
         super().__init__()
-        self.needs_logits = fitnet_layer == "decoded"
+        self.needs_head = fitnet_layer == "decoded"
         self.weight = fitnet_weight
-        if not self.needs_logits:
+        if not self.needs_head:
             self.stage = int(fitnet_layer) - 1
             widths = student_channels[self.stage], teacher_channels[self.stage]
         self.project = nn.Conv2d(*widths, 1, bias=False)
 
     def forward(self, student, teacher, images, labels):
-        if self.needs_logits:
+        if self.needs_head:
             s, t = decoded_maps(student, teacher)
         else:
             s, t = matched(*(out.features[self.stage] for out in (student, teacher)))
@@ -113,7 +106,7 @@ class AttentionTransfer(nn.Module):
     The mean over h*w positions, where the paper has a norm, is why the weight is 1e4.
     """
 
-    needs_teacher = needs_logits = True
+    needs_teacher = needs_head = True
 
     def __init__(self, student_channels, teacher_channels, at_weight=1e4):
         super().__init__()
@@ -133,7 +126,7 @@ class ChannelWise(nn.Module):
     leaves its part out. (CIRKD reports B0 taught so by a B4 as worse than B0 alone.)
     """
 
-    needs_teacher = needs_logits = True
+    needs_teacher = needs_head = True
 
     def __init__(
         self,
@@ -173,7 +166,7 @@ class KnowledgeReview(nn.Module):
     TransKD's CSF is this with attention over channels, not positions, and a softmax.
     """
 
-    needs_teacher, needs_logits = True, False
+    needs_teacher, needs_head = True, False
 
     def __init__(self, student_channels, teacher_channels, review_weight=1.0):
         super().__init__()
@@ -211,7 +204,7 @@ class StructuredKD(nn.Module):
     of an image. Its pixel-wise term is kd; the adversarial ("holistic") one is left out.
     """
 
-    needs_teacher = needs_logits = True
+    needs_teacher = needs_head = True
 
     def __init__(self, student_channels, teacher_channels, skd_weight=10.0):
         super().__init__()
@@ -230,7 +223,7 @@ class IntraClassVariation(nn.Module):
     nearest ones at the map's size. (The published code also counts, as 0, those without.)
     """
 
-    needs_teacher = needs_logits = True
+    needs_teacher = needs_head = True
 
     def __init__(self, student_channels, teacher_channels, ifvd_weight=20.0):
         super().__init__()
@@ -262,7 +255,7 @@ class DoubleSimilarity(nn.Module):
     hardly acts at its published weight. A weight of 0 leaves its part out.
     """
 
-    needs_teacher = needs_logits = True
+    needs_teacher = needs_head = True
 
     def __init__(
         self, student_channels, teacher_channels, dsd_psd_weight=1000.0, dsd_csd_weight=10.0
@@ -337,7 +330,7 @@ class CIRKD(nn.Module):
     (DDP hands its buffers to all), while the published code gathers those of all.
     """
 
-    needs_teacher = needs_logits = True
+    needs_teacher = needs_head = True
 
     def __init__(
         self,

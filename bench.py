@@ -38,7 +38,7 @@ from timing import Stopwatch, hardware, in_processes, matmul_peak, memory, timed
 
 # How a step can be computed; each line adds to the one before it. naive is what the released code
 # does: a graph and a head for the teacher, heads as drawn in the paper, attention written out.
-# kept_memory is `model.keep_memory`.
+# kept_memory is `parallel.keep_memory`.
 VARIANTS = {
     "naive": {},
     "float32": dict(lean=True),
@@ -47,7 +47,8 @@ VARIANTS = {
     "bfloat16": dict(lean=True, keep=True, channels_last=True, dtype="bfloat16"),
     "compiled": dict(lean=True, keep=True, channels_last=True, dtype="bfloat16", compile=True),
 }
-FACTS = dict(mean=list(model.IMAGENET_MEAN), std=list(model.IMAGENET_STD), void=None, resize=None)
+FACTS = dict(mean=list(model.IMAGENET_MEAN), std=list(model.IMAGENET_STD))
+FACTS |= dict.fromkeys(("void", "resize", "short_side"))
 
 # ------------------------------------------------------------------------------------------------
 # a training step
@@ -77,7 +78,7 @@ def build_step(args, spec, lean=False, channels_last=False, compile=False):
     method = methods.build(spec, student, teacher)
     learner = Learner(student, method).train()
     if lean:
-        look = Teacher(teacher, FACTS, FACTS["mean"], FACTS["std"], method.needs_logits)
+        look = Teacher(teacher, FACTS, FACTS["mean"], FACTS["std"], method.needs_head)
     else:
         look = teacher  # called as it is: with its graph and its head
         for module in (*teacher.modules(), *student.modules()):
@@ -99,7 +100,7 @@ def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
     """What a step takes: seconds in all and in its parts, and the memory it needs in GB."""
     how = dict(VARIANTS[variant])
     if how.pop("keep", False):
-        model.keep_memory()
+        parallel.keep_memory()
     dtype = how.pop("dtype", "float32")
     before = memory(args.device, "now")
     learner, look = build_step(args, spec, **how)
@@ -163,7 +164,7 @@ def step_flops(args):
         def learn():
             method(student(image), seen, image, labels)
 
-        look = sum(flops.count(lambda: teacher(image, head=method.needs_logits)))
+        look = sum(flops.count(lambda: teacher(image, head=method.needs_head)))
         look *= method.needs_teacher
         return 2e9 * look, 2e9 * (look + 3 * sum(flops.count(learn)))
 
@@ -441,8 +442,8 @@ def get_args(argv=None):
 
 def check(args):
     """UserError for what cannot be measured: before minutes are spent on the rest."""
-    device = model.get_device(args.device)
-    native = model.has_native(device, "bfloat16")
+    device = parallel.get_device(args.device)
+    native = parallel.has_native(device, "bfloat16")
     if args.variants is None:
         slow = {"compile": device.type == "cpu", "dtype": not native}
         slow = [how for how, is_slow in slow.items() if is_slow]
@@ -478,7 +479,7 @@ def check(args):
 
 def main(args):
     check(args)
-    model.keep_memory()
+    parallel.keep_memory()
     tree = dict(hardware=hardware(args.device), torch=torch.__version__, settings=vars(args))
     print(f"{tree['hardware']}, torch {tree['torch']}")
     if "bfloat16" not in args.dtypes:

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from distill import IGNORE, full_precision, gram_difference, valid_mean
+from distill import IGNORE, valid_mean
 from files import UserError
+from manifold import gram_difference
 from model import to_map, to_tokens
-from nets import resize
+from nets import full_precision, resize
 
 
 def kl(student, teacher):
@@ -150,7 +151,7 @@ class C2VKD(nn.Module):
     was RN101's is a guess by its dimensions.
     """
 
-    needs_teacher = needs_logits = True
+    needs_teacher = needs_head = True
 
     def __init__(
         self,

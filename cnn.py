@@ -30,7 +30,7 @@ CLASSIFIER = "classifier.4.weight"  # the last layer's, in either head
 
 class CNN(nn.Module):
     channels = (256, 512, 1024, 2048)
-    embeds = False  # no patch embeddings in its outputs
+    has_embeddings = False  # no patch embeddings in its outputs
 
     def __init__(self, name, num_classes):
         super().__init__()

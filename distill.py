@@ -10,19 +10,22 @@ Segmentation", arXiv 2202.13393): what a student learns from a teacher beside th
 
 A method is an nn.Module built from the channels of student and teacher and called as
 `method(student, teacher, images, labels)` with two `nets.Output`s. It returns a dict of named,
-weighted scalars for the loop to sum and log. Its parameters train with the student's and are thrown
-away after: the deployed student has none of them.
+weighted scalars for the loop to sum and log. Its parameters, the adapters, train with the student's
+and are thrown away after: the deployed student has none of them. `needs_teacher` says whether a
+teacher looks at the images at all, `needs_head` whether its head does: if not, its logits and
+decoded map are None.
+
+To learn TransKD read `hcl`, `CrossSelectiveFusion`, `PatchEmbeddingAlignment`, `TransKD.forward`.
 """
 
 import functools
-import inspect
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import UserError, as_flag
-from model import PatchEmbed, init_weights
+from files import UserError
+from model import PATCHES, PatchEmbed, init_weights
 from nets import resize
 from parallel import process_mean, rank_and_world
 
@@ -69,7 +72,10 @@ def cross_entropy(logits, labels, class_weights=None, count=None):
 
 
 class ResizedCrossEntropy(torch.autograd.Function):
-    """sum(weights * CE(resize(logits), labels)), image by image.
+    """The same as this, image by image and in less memory:
+
+        ce = F.cross_entropy(resize(logits, size), labels, reduction="none", ignore_index=IGNORE)
+        (weights * ce).sum()
 
     Logits as large as the labels are the largest tensors of a step: 19 classes take 637 MB for 16
     images of 512x1024, and autograd keeps several. Here the gradient, softmax - one_hot, is made
@@ -138,28 +144,6 @@ def to_grid(x, size):
     return resize(F.adaptive_avg_pool2d(x, [min(a, b) for a, b in zip(x.shape[2:], size)]), size)
 
 
-def full_precision(x):
-    """A context without autocast on x's device: matrix products of float32 stay float32."""
-    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
-
-
-def gram_difference(a, b):
-    """Mean squared difference of two Gram matrices: rows (..., n, Ca) and (..., n, Cb) -> (...).
-
-        1/n^2 ||A A^T - B B^T||_F^2 = 1/n^2 (||A^T A||_F^2 + ||B^T B||_F^2 - 2 ||A^T B||_F^2)
-
-    With more rows than channels it is the right side, which has no n x n matrix. There the value of
-    equal matrices is 0 up to rounding, of either sign; the gradient is as good as the left side's.
-    """
-    n = a.shape[-2]
-    with full_precision(a):
-        a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-        if n <= max(a.shape[-1], b.shape[-1]):
-            return (a @ a.mT - b @ b.mT).square().mean((-2, -1))
-        aa, bb, ab = (x.mT @ (y / n) for x, y in ((a, a), (b, b), (a, b)))  # (..., C, C)
-        return sum(w * g.square().sum((-2, -1)) for w, g in ((1, aa), (1, bb), (-2, ab)))
-
-
 FEATURE_LOSSES = {"hcl": hcl, "cwd": cwd, "none": None}
 ALPHA = (0.1, 0.1, 0.5, 1.0)  # weights of the four stages' embeddings, as released
 EMBED_STAGES = {"all": (0, 1, 2, 3), "none": (), "1": (0,), "2": (1,), "3": (2,), "4": (3,)}
@@ -187,7 +171,8 @@ class CrossSelectiveFusion(nn.Module):
     norm="none", the default: squeeze = ReLU(Conv1x1).
     norm="batch": as the authors released it, ReLU(BN(Conv1x1)), and at batch 1, where a batch norm
     of a 1x1 map has nothing to normalise, a second, separate ReLU(Conv1x1). At batch 2 that BN maps
-    any two samples to +s and -s, so hardly anything of the image is left in the attention.
+    any two samples to a value and its negative: hardly anything of the image is left in the
+    attention.
     """
 
     def __init__(self, student_channels, teacher_channels, norm="none", mid=64, squeeze=32):
@@ -195,13 +180,14 @@ class CrossSelectiveFusion(nn.Module):
         self.norm = norm
         self.reduce = nn.ModuleList(conv_bn(c, mid, 1) for c in student_channels)
         self.expand = nn.ModuleList(conv_bn(mid, c, 3) for c in teacher_channels)
-        self.squeeze, self.squeeze1 = nn.ModuleList(), nn.ModuleList()
+        self.squeeze, self.squeeze_single = nn.ModuleList(), nn.ModuleList()
         self.attend_x, self.attend_r = nn.ModuleList(), nn.ModuleList()
         for _ in student_channels[:-1]:  # the last stage has nothing deeper to fuse with
             layers = [nn.Conv2d(mid, squeeze, 1, bias=False), nn.ReLU()]
             if norm == "batch":
                 layers.insert(1, nn.BatchNorm2d(squeeze))
-                self.squeeze1.append(nn.Conv2d(mid, squeeze, 1, bias=False))
+                single = nn.Conv2d(mid, squeeze, 1, bias=False)
+                self.squeeze_single.append(nn.Sequential(single, nn.ReLU()))
             self.squeeze.append(nn.Sequential(*layers))
             self.attend_x.append(nn.Conv2d(squeeze, mid, 1))
             self.attend_r.append(nn.Conv2d(squeeze, mid, 1))
@@ -209,13 +195,13 @@ class CrossSelectiveFusion(nn.Module):
     def fuse(self, i, x, r):
         r = F.interpolate(r, size=x.shape[2:], mode="nearest")
         g = (x + r).mean(dim=(2, 3), keepdim=True)  # (B, 64, 1, 1)
+        squeeze = self.squeeze[i]
         if self.norm == "batch":
-            batch = len(g) * rank_and_world()[1]  # of all processes
-            z = self.squeeze[i](g) if batch > 1 else F.relu(self.squeeze1[i](g))
-            unused = self.squeeze1[i] if batch > 1 else self.squeeze[i]
-            z = z + sum(0 * p.sum() for p in unused.parameters())  # DDP wants a gradient for all
-        else:
-            z = self.squeeze[i](g)  # (B, 32, 1, 1)
+            unused = self.squeeze_single[i]
+            if len(g) * rank_and_world()[1] == 1:  # one image in all processes
+                squeeze, unused = unused, squeeze
+            g = g + sum(0 * p.sum() for p in unused.parameters())  # DDP wants a gradient for all
+        z = squeeze(g)  # (B, 32, 1, 1)
         a = torch.stack([self.attend_x[i](z), self.attend_r[i](z)]).softmax(dim=0)
         return a[0] * x + a[1] * r  # (B, 64, H_i, W_i)
 
@@ -283,8 +269,7 @@ class PatchEmbeddingAlignment(nn.Module):
         if variant == "ea":
             inputs = (3, *student_channels[:3])
             self.assistants = nn.ModuleList(
-                PatchEmbed(inputs[i], teacher_channels[i], *((7, 4) if i == 0 else (3, 2)))
-                for i in stages
+                PatchEmbed(inputs[i], teacher_channels[i], *PATCHES[i]) for i in stages
             )
             self.assistants.apply(init_weights)
             self.u = nn.ParameterList(torch.tensor([0.1 * (i + 1)]) for i in stages)
@@ -318,7 +303,7 @@ def refuse_idle(method, *checks):
 class NoDistillation(nn.Module):
     """The student alone: no terms, no parameters, no teacher."""
 
-    needs_teacher = needs_logits = False
+    needs_teacher = needs_head = False
 
     def __init__(self, student_channels, teacher_channels):
         super().__init__()
@@ -332,13 +317,13 @@ class TransKD(nn.Module):
 
     feature_loss: "hcl" or, in its place, "cwd"; "none" leaves CSF out (PEA alone).
     embed: "all" stages with weights ALPHA, one stage "1".."4" with weight 1, "none" (CSF alone).
-    feature_weight, embed_weight: factors on the two sums; 1 in the paper.
+    feature_weight, embed_weight: factors on the two sums; 1 in the paper; 0 leaves a part out.
 
-    A CNN's maps are brought to the student's grids (`to_grid`); it has no patch embeddings, so
-    that CSF alone can learn from it.
+    A CNN's maps are brought to the student's grids (`to_grid`); it has no patch embeddings
+    (has_embeddings), so that CSF alone can learn from it.
     """
 
-    needs_teacher, needs_logits = True, False
+    needs_teacher, needs_head = True, False
 
     def __init__(
         self,
@@ -352,25 +337,24 @@ class TransKD(nn.Module):
         embed_weight=1.0,
         gl_init=0.5,
         gl_residual=False,
-        embeds=True,
+        has_embeddings=True,
     ):
         super().__init__()
-        self.feature_loss = FEATURE_LOSSES[feature_loss]
+        self.feature_loss = FEATURE_LOSSES[feature_loss] if feature_weight else None
         self.feature_weight, self.embed_weight = feature_weight, embed_weight
-        stages = EMBED_STAGES[embed]
-        no_maps, no_tokens, no_mixer = feature_loss == "none", not stages, variant != "gl"
+        stages = EMBED_STAGES[embed] if embed_weight else ()
+        no_maps, no_tokens, no_mixer = not self.feature_loss, not stages, variant != "gl"
         refuse_idle(
             f"transkd-{variant}",
-            (no_maps and no_tokens, "--feature-loss none --embed none"),
-            (feature_weight == embed_weight == 0, "--feature-weight 0 --embed-weight 0"),
+            (no_maps and no_tokens, "feature maps and embeddings both left out"),
             (no_maps and csf_norm != "none", "--csf-norm"),
-            (no_maps and feature_weight != 1, "--feature-weight"),
-            (no_tokens and embed_weight != 1, "--embed-weight"),
+            (feature_loss == "none" and feature_weight != 1, "--feature-weight"),
+            (embed == "none" and embed_weight != 1, "--embed-weight"),
             (no_mixer and (gl_init != 0.5 or gl_residual), "--gl-init or --gl-residual"),
-            (variant == "gl" and 3 not in stages, f"--embed {embed} with the mixer of stage 4"),
-            (variant == "ea" and no_tokens, "--embed none with the Embedding Assistant"),
+            (variant == "gl" and 3 not in stages, "no embeddings of stage 4, and their mixer"),
+            (variant == "ea" and no_tokens, "no embeddings, and their Embedding Assistant"),
         )
-        if stages and not embeds:
+        if stages and not has_embeddings:
             raise UserError(
                 f"transkd-{variant}: a CNN teacher has no patch embeddings to align with; "
                 "--method transkd-base --embed none distils its feature maps alone"
@@ -402,66 +386,9 @@ class TransKD(nn.Module):
         return terms
 
 
-class Together(nn.Module):
-    """Several methods at once: `--method a+b`."""
-
-    def __init__(self, methods):
-        super().__init__()
-        self.methods = nn.ModuleDict(methods)
-        self.needs_teacher = any(m.needs_teacher for m in methods.values())
-        self.needs_logits = any(m.needs_logits for m in methods.values())
-        self.replaces_ce = any(getattr(m, "replaces_ce", False) for m in methods.values())
-
-    def forward(self, student, teacher, images, labels):
-        terms = {}
-        for name, method in self.methods.items():
-            for term, value in method(student, teacher, images, labels).items():
-                terms[f"{name}/{term}"] = value
-        return terms
-
-
 METHODS = {
     "none": NoDistillation,
     "transkd-base": functools.partial(TransKD, variant="base"),
     "transkd-gl": functools.partial(TransKD, variant="gl"),
     "transkd-ea": functools.partial(TransKD, variant="ea"),
 }
-
-
-def build_method(
-    spec,
-    student_channels,
-    teacher_channels,
-    methods=METHODS,
-    widths=None,
-    classes=None,
-    embeds=True,
-    **options,
-):
-    """The method named by `spec`, "a" or "a+b", with those of `options` that it takes.
-
-    For the methods that ask for them: widths, the channels of the decoded map of student and
-    teacher; classes, the number of classes; embeds, whether the teacher has patch embeddings.
-    Raises UserError for an unknown name and for an option that none of the named methods takes.
-    """
-    names = spec.split("+")
-    unknown = [name for name in names if name not in methods]
-    if unknown:
-        raise UserError(f"unknown method '{unknown[0]}': choose among {', '.join(methods)}")
-    if "none" in names and len(names) > 1:
-        raise UserError(f"method '{spec}': none goes with no other")
-    if len(set(names)) < len(names):
-        raise UserError(f"method '{spec}' names one method twice")
-    taken, built, nets = set(), {}, dict(widths=widths, classes=classes, embeds=embeds)
-    for name in names:
-        known = inspect.signature(methods[name]).parameters.keys()
-        mine = options.keys() & known
-        own = {k: options[k] for k in mine} | {k: nets[k] for k in nets.keys() & known}
-        built[name] = methods[name](student_channels, teacher_channels, **own)
-        for said in ("needs_teacher", "needs_logits"):
-            if not hasattr(built[name], said):
-                raise UserError(f"method '{name}' does not say {said}: set it to True or False")
-        taken |= mine
-    for option in options.keys() - taken:
-        raise UserError(f"{as_flag(option)} has no effect on --method {spec}")
-    return built[names[0]] if len(names) == 1 else Together(built)

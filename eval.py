@@ -26,11 +26,11 @@ import catalog
 import data
 import files
 import model
+import parallel
 from augment import normalise
 from distill import IGNORE
 from files import UserError
 from nets import resize
-from parallel import rank_and_world
 
 # ------------------------------------------------------------------------------------------------
 # metrics
@@ -197,7 +197,7 @@ def evaluate(
     that, against labels resized to it by nearest, as in the TransKD release. Lower than, and not
     comparable with, published full-resolution figures.
     """
-    rank, world = rank_and_world()
+    rank, world = parallel.rank_and_world()
     K, training = net.num_classes, net.training
     net.eval()
     short_side = 512 if protocol == "paper" else facts["resize"]
@@ -309,7 +309,8 @@ def label_photos(net, facts, args, views):
             unread.append(e)
             print(f"{k + 1}/{len(paths)} {e}")
             continue
-        x = prepare(image, facts, args.short_side or facts["short_side"]).to(args.device)
+        short_side = args.short_side or facts["resize"] or facts["short_side"]
+        x = prepare(image, facts, short_side).to(args.device)
         with autocast(args.device, args.dtype):
             ids = predict(net, x, image.shape[:2], **views).argmax(dim=1)[0]
         ids = ids.to(torch.uint8).cpu().numpy()
@@ -424,8 +425,8 @@ def main(args):
         raise UserError(
             "--save-preds goes with --protocol full: predictions at the labels' own size"
         )
-    args.device = model.get_device(args.device)
-    model.keep_memory()
+    args.device = parallel.get_device(args.device)
+    parallel.keep_memory()
     views = dict(scales=args.scales, flip=args.flip, window=args.window)
     views["stride"] = args.stride or (args.window or 0) * 3 // 4
     # with --json the progress of the cache goes to stderr, so that stdout is JSON alone
@@ -433,7 +434,7 @@ def main(args):
         net, facts = model.load(args.ckpt)
         net.to(args.device)
         if not args.dtype:
-            known = model.has_native(args.device, facts["dtype"])
+            known = parallel.has_native(args.device, facts["dtype"])
             args.dtype = facts["dtype"] if known else "float32"
         if args.image:
             return label_photos(net, catalog.complete(facts, net.num_classes), args, views)

@@ -20,6 +20,7 @@ import cnn
 import files
 import methods
 import model
+import parallel
 from timing import timed
 
 
@@ -99,7 +100,7 @@ def teacher_output(name, num_classes, size):
 
 
 def with_method(spec, student, teacher, num_classes, size, **options):
-    """(parameters and GMACs of a student and its training wrapper, what that takes of the teacher).
+    """(parameters and GMACs of a student and its adapters, what that takes of the teacher).
 
     size: (H, W) of the image.
     """
@@ -149,7 +150,7 @@ def get_args(argv=None):
     p.add_argument("--size", type=size, default="512x1024", help="HEIGHTxWIDTH of the image")
     p.add_argument(
         "--method",
-        help="add a row for each student with this method's training wrapper; list: all methods",
+        help="add a row for each student with this method's adapters",
     )
     p.add_argument("--teacher", help="the teacher of --method (default: b2)")
     p.add_argument("--csf-norm", choices=("none", "batch"), help="as in train.py")
@@ -164,20 +165,15 @@ def get_args(argv=None):
 
 
 def main(args):
-    model.get_device(args.device)
+    parallel.get_device(args.device)
     for name in ("csf_norm", "teacher"):
         if getattr(args, name) and not args.method:
             raise files.UserError(f"{files.as_flag(name)} has no effect without --method")
     cnns = [name for name in args.model or () if name in cnn.MODELS]
     if args.method == "none" or args.method and cnns:
-        lack = "--method none: no wrapper, no row" if not cnns else f"{cnns[0]}: CNNs only teach"
+        lack = "--method none: no adapters, no row" if not cnns else f"{cnns[0]}: CNNs only teach"
         raise files.UserError(f"{lack}; leave --method out")
-    args.teacher = args.teacher or "b2"
-    args.model = args.model or (["b0"] if args.method == "list" else ["b0", "b2"])
-    if args.method == "list":
-        if len(args.model) > 1 or args.csf_norm or args.latency or args.json:
-            raise files.UserError("--method list: a table of one --model, without other flags")
-        return print_methods(args.model[0], args.teacher, args.num_classes, args.size)
+    args.teacher, args.model = args.teacher or "b2", args.model or ["b0", "b2"]
     table = list(rows(args))
     if args.json:
         print(json.dumps(table))

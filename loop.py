@@ -21,7 +21,6 @@ import torch
 
 import augment
 import files
-import model
 import parallel
 from files import UserError
 from settings import settings
@@ -74,9 +73,9 @@ def start(args, batch_sizes, results):
     """
     device = parallel.start(args.device)
     rank, world = parallel.rank_and_world()
-    if rank == 0 and not model.has_native(device, args.dtype):
+    if rank == 0 and not parallel.has_native(device, args.dtype):
         print(f"!!! This {device.type} emulates {args.dtype}: --dtype float32 is many times faster")
-    model.keep_memory()
+    parallel.keep_memory()
     for batch in batch_sizes:
         if batch % (world * args.accumulate):
             raise UserError(

@@ -21,9 +21,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill import gram_difference, to_grid
+from distill import to_grid
 from files import UserError
 from model import to_tokens
+from nets import full_precision
+
+
+def gram_difference(a, b):
+    """Mean squared difference of two Gram matrices: rows (..., n, Ca) and (..., n, Cb) -> (...).
+
+        1/n^2 ||A A^T - B B^T||_F^2 = 1/n^2 (||A^T A||_F^2 + ||B^T B||_F^2 - 2 ||A^T B||_F^2)
+
+    With more rows than channels it is the right side, which has no n x n matrix. There the value of
+    equal matrices is 0 up to rounding, of either sign; the gradient is as good as the left side's.
+    """
+    n = a.shape[-2]
+    with full_precision(a):
+        a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+        if n <= max(a.shape[-1], b.shape[-1]):
+            return (a @ a.mT - b @ b.mT).square().mean((-2, -1))
+        aa, bb, ab = (x.mT @ (y / n) for x, y in ((a, a), (b, b), (a, b)))  # (..., C, C)
+        return sum(w * g.square().sum((-2, -1)) for w, g in ((1, aa), (1, bb), (-2, ab)))
 
 
 def cuts(s, t, rows):
@@ -55,7 +73,7 @@ class Manifold(nn.Module):
     look across images see those that a process has at a time; of one image `samples` is 0.
     """
 
-    needs_teacher, needs_logits = True, False
+    needs_teacher, needs_head = True, False
 
     def __init__(
         self,

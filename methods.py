@@ -2,12 +2,16 @@
 Every method by its name: its paper, its flags, and how it is built between two nets.
 """
 
+import inspect
+
+from torch import nn
+
 import baselines
 import c2vkd
 import distill
 import manifold
 import tat
-from files import as_flag
+from files import UserError, as_flag
 
 METHODS = distill.METHODS | tat.METHODS | manifold.METHODS | c2vkd.METHODS | baselines.METHODS
 PAPERS = {
@@ -49,7 +53,7 @@ FLAGS = {
     "feature_weight": (WEIGHT, "factor of TransKD's feature terms (default 1)"),
     "embed_weight": (WEIGHT, "factor of TransKD's embedding terms (default 1)"),
     "gl_init": ((float, -1e9, 1e9), "start of GL-Mixer's two scalars (default 0.5)"),
-    "gl_residual": (bool, "GL-Mixer adds its input"),
+    "gl_residual": (bool, "GL-Mixer adds its input, as an option of the authors' code does"),
     "tat_axis": (
         ("teacher", "student"),
         "whose positions TaT's softmax runs over (default teacher)",
@@ -92,7 +96,7 @@ FLAGS = {
     "fitnet_weight": (ONLY_WEIGHT, "weight of fitnet's term (default 10)"),
     "fitnet_layer": (
         ("decoded", "1", "2", "3", "4"),
-        "which maps it compares: the decoder's, or a stage's (default decoded)",
+        "which maps it compares: the decoded ones, or a stage's (default decoded)",
     ),
     "at_weight": (ONLY_WEIGHT, "weight of at's term (default 10000)"),
     "cwd_feature_weight": (WEIGHT, "weight of cwd's term of the decoded maps (default 5)"),
@@ -151,9 +155,68 @@ def chosen(args, flags=FLAGS):
     return {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
 
 
+class Together(nn.Module):
+    """Several methods at once: `--method a+b`."""
+
+    def __init__(self, methods):
+        super().__init__()
+        self.methods = nn.ModuleDict(methods)
+        self.needs_teacher = any(m.needs_teacher for m in methods.values())
+        self.needs_head = any(m.needs_head for m in methods.values())
+        self.replaces_ce = any(getattr(m, "replaces_ce", False) for m in methods.values())
+
+    def forward(self, student, teacher, images, labels):
+        terms = {}
+        for name, method in self.methods.items():
+            for term, value in method(student, teacher, images, labels).items():
+                terms[f"{name}/{term}"] = value
+        return terms
+
+
+def build_method(
+    spec,
+    student_channels,
+    teacher_channels,
+    methods=METHODS,
+    widths=None,
+    classes=None,
+    has_embeddings=True,
+    **options,
+):
+    """The method named by `spec`, "a" or "a+b", with those of `options` that it takes.
+
+    For the methods that ask for them: widths, the channels of the decoded map of student and
+    teacher; classes, the number of classes; has_embeddings, whether the teacher has patch
+    embeddings.
+    Raises UserError for an unknown name and for an option that none of the named methods takes.
+    """
+    names = spec.split("+")
+    unknown = [name for name in names if name not in methods]
+    if unknown:
+        raise UserError(f"unknown method '{unknown[0]}': choose among {', '.join(methods)}")
+    if "none" in names and len(names) > 1:
+        raise UserError(f"method '{spec}': none goes with no other")
+    if len(set(names)) < len(names):
+        raise UserError(f"method '{spec}' names one method twice")
+    nets = dict(widths=widths, classes=classes, has_embeddings=has_embeddings)
+    taken, built = set(), {}
+    for name in names:
+        known = inspect.signature(methods[name]).parameters.keys()
+        mine = options.keys() & known
+        own = {k: options[k] for k in mine} | {k: nets[k] for k in nets.keys() & known}
+        built[name] = methods[name](student_channels, teacher_channels, **own)
+        for said in ("needs_teacher", "needs_head"):
+            if not hasattr(built[name], said):
+                raise UserError(f"method '{name}' does not say {said}: set it to True or False")
+        taken |= mine
+    for option in options.keys() - taken:
+        raise UserError(f"{as_flag(option)} has no effect on --method {spec}")
+    return built[names[0]] if len(names) == 1 else Together(built)
+
+
 def build(spec, net, teacher=None, **options):
     """The method named by spec ("a" or "a+b") that distils `teacher` into `net`."""
     facts = dict(widths=(net.width, teacher and teacher.width), classes=net.num_classes)
-    facts["embeds"] = teacher is None or teacher.embeds
+    facts["has_embeddings"] = teacher is None or teacher.has_embeddings
     channels = teacher and teacher.channels
-    return distill.build_method(spec, net.channels, channels, METHODS, **facts, **options)
+    return build_method(spec, net.channels, channels, METHODS, **facts, **options)

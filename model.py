@@ -13,10 +13,8 @@ Features and embeddings are what TransKD distils; a teacher asked only for them 
 teachers of cnn.py come from the same `build` and `load`, and are called the same way.
 """
 
-import ctypes
 import math
 import re
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -250,7 +248,7 @@ class SegFormerHead(nn.Module):
 class Segmenter(nn.Module):
     """An encoder (images -> features, embeddings) and a head (features -> logits, decoded)."""
 
-    embeds = True  # its outputs have patch embeddings
+    has_embeddings = True  # its outputs have patch embeddings
 
     def __init__(self, name, encoder, head):
         super().__init__()
@@ -297,48 +295,6 @@ def build(name, num_classes, drop_path=None, dropout=None, head_width=None):
 
 def count_parameters(net):
     return sum(p.numel() for p in net.parameters())
-
-
-# ------------------------------------------------------------------------------------------------
-# devices
-
-
-def get_device(name):
-    """torch.device of a --device flag; UserError if there is no such thing here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as e:
-        raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from e
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        n = torch.cuda.device_count()
-        raise UserError(f"--device {name}: torch finds {n} GPUs here; --device cpu does without")
-    return device
-
-
-def has_native(device, dtype):
-    """Whether a device multiplies in `dtype` itself: what it emulates is slower than float32."""
-    if dtype == "float32":
-        return True
-    if device.type == "cuda":
-        return dtype == "float16" or torch.cuda.get_device_capability(device)[0] >= 8
-    ops = torch.ops.mkldnn  # torch's own question, for which it has no public name
-    known = dict(bfloat16="_is_mkldnn_bf16_supported", float16="_is_mkldnn_fp16_supported")
-    return torch.backends.mkldnn.is_available() and getattr(ops, known[dtype])()
-
-
-def keep_memory():
-    """Let glibc keep what tensors on the host leave: a step asks for the same sizes again.
-
-    Otherwise large ones go back to the system and come again as zeroed pages, every time. Where
-    there is another C library nothing changes.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        mmap_threshold, trim_threshold = -3, -1  # as malloc.h numbers them
-        if not libc.mallopt(mmap_threshold, 2**31 - 1):  # an old glibc
-            libc.mallopt(mmap_threshold, 2**25)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 # ------------------------------------------------------------------------------------------------

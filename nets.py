@@ -26,6 +26,11 @@ def resize(x, size):
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def full_precision(x):
+    """A context without autocast on x's device: matrix products of float32 stay float32."""
+    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
+
+
 class Drop(nn.Module):
     """Zero whole slices of a batch with probability p and scale up the others.
 

@@ -1,17 +1,64 @@
 """
-What makes N processes (torchrun) do the work of one: same draws, same means, same statistics.
+Devices; and what makes N processes (torchrun) do the work of one: same draws, means, statistics.
 """
 
+import ctypes
 import datetime
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from model import get_device
+from files import UserError
 from nets import Drop
+
+# ------------------------------------------------------------------------------------------------
+# devices
+
+
+def get_device(name):
+    """torch.device of a --device flag; UserError if there is no such thing here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise UserError(f"--device {name}: {str(e).splitlines()[0]}") from e
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        raise UserError(f"--device {name}: torch finds {n} GPUs here; --device cpu does without")
+    return device
+
+
+def has_native(device, dtype):
+    """Whether a device multiplies in `dtype` itself: what it emulates is slower than float32."""
+    if dtype == "float32":
+        return True
+    if device.type == "cuda":
+        return dtype == "float16" or torch.cuda.get_device_capability(device)[0] >= 8
+    ops = torch.ops.mkldnn  # torch's own question, for which it has no public name
+    known = dict(bfloat16="_is_mkldnn_bf16_supported", float16="_is_mkldnn_fp16_supported")
+    return torch.backends.mkldnn.is_available() and getattr(ops, known[dtype])()
+
+
+def keep_memory():
+    """Let glibc keep what tensors on the host leave: a step asks for the same sizes again.
+
+    Otherwise large ones go back to the system and come again as zeroed pages, every time. Where
+    there is another C library nothing changes.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        mmap_threshold, trim_threshold = -3, -1  # as malloc.h numbers them
+        if not libc.mallopt(mmap_threshold, 2**31 - 1):  # an old glibc
+            libc.mallopt(mmap_threshold, 2**25)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# processes
 
 
 def rank_and_world():

@@ -232,7 +232,7 @@ def build_method(args, net, teacher):
             raise UserError(f"--manifold-stages has no effect on {net.name}: it has no stages")
         options["manifold_stages"] = range(1, len(classifiers.BLOCKS) + 1)
     channels = net.channels, teacher and teacher.channels
-    return distill.build_method(args.method, *channels, METHODS, **options)
+    return methods.build_method(args.method, *channels, METHODS, **options)
 
 
 class Learner(nn.Module):
@@ -243,21 +243,21 @@ class Learner(nn.Module):
         self.student, self.method = student, method
         self.ce_weight, self.smoothing = ce_weight, label_smoothing
 
-    def forward(self, images, targets, seen):
+    def forward(self, images, targets, teacher):
         """images (B, 3, S, S), targets (B, K): the shares of the classes; the dict of terms."""
         out, terms = self.student(images), {}
         if self.ce_weight:
             ce = F.cross_entropy(out.logits.float(), targets, label_smoothing=self.smoothing)
             terms["ce"] = self.ce_weight * ce
-        return terms | self.method(out, seen, images, None)
+        return terms | self.method(out, teacher, images, None)
 
 
-def loss_terms(run, classes, looks, learner, batch):
+def loss_terms(run, classes, frozen, learner, batch):
     """Forward passes of teacher and student: the dict of loss terms."""
     mixed = bool(run.args.mixup or run.args.cutmix)
     images, targets = photos.device_batch(batch, run.device, classes, mixed)
     with autocast(run.device, run.args.dtype):
-        return learner(images, targets, looks and looks(images))
+        return learner(images, targets, frozen and frozen(images))
 
 
 def train_classifier(run, net, teacher, train, val):
@@ -267,14 +267,14 @@ def train_classifier(run, net, teacher, train, val):
     learner = Learner(net, method, args.ce_weight, args.label_smoothing)
     known = model.IMAGENET_MEAN, model.IMAGENET_STD
     facts = dict(mean=known[0], std=known[1], void=None)
-    looks = Teacher(teacher, facts, *known, method.needs_logits) if teacher else None
-    parts = loop.trained_parts(run, learner, looks, args.lr)
+    frozen = Teacher(teacher, facts, *known, method.needs_head) if teacher else None
+    parts = loop.trained_parts(run, learner, frozen, args.lr)
     crops = photos.Crops(args.size, tuple(args.area), args.colour, args.mixup, args.cutmix)
     micro = args.batch_size // args.accumulate
     batches = augment.Batches(
         train, micro, args.seed, crops, run.rank, run.world, photos.host_batch
     )
-    terms = functools.partial(loss_terms, run, len(train.classes), looks)
+    terms = functools.partial(loss_terms, run, len(train.classes), frozen)
     schedule = dict(peak=args.lr, total=args.max_iters, warmup=args.warmup, decay=args.decay)
     scoring = functools.partial(score, run, val, "encoder")
     return loop.run_steps(run, "encoder", parts, batches, terms, schedule, scoring)

@@ -12,6 +12,7 @@ import cnn
 import data
 import methods
 import model
+import parallel
 from files import UserError, as_flag
 
 # What a first run on each data set should use. Flags win over the recipe, the recipe over these.
@@ -98,16 +99,18 @@ def get_args(argv=None):
     )
     p.add_argument(
         "--teacher-init",
-        help="scratch, or weights: a file, a folder, a name on the hub, torchvision/NAME (default: "
-        "ImageNet's, of the hub or torchvision; scratch if they cannot be had, and for scenes)",
+        help="scratch; weights: a file, a folder, a name on the hub, torchvision/NAME; auto (the "
+        "default): ImageNet's, or scratch where they cannot be had, and for scenes",
     )
-    p.add_argument("--student-init", default="scratch", help="likewise (default: scratch)")
+    p.add_argument("--student-init", default="scratch", help="scratch (the default), or weights")
     p.add_argument(
-        "--method", default="transkd-base", help=f"{', '.join(methods.METHODS)}; a+b; list"
+        "--method",
+        default="transkd-base",
+        help=f"{', '.join(methods.METHODS)} (default: transkd-base); a+b; list",
     )
     p.add_argument("--alone", action=yes_or_no, help="also train the student by itself")
     p.add_argument(
-        "--student-images", type=int, help="only N of the training images (default: all)"
+        "--student-images", type=int, help="only N of the training images (of scenes 20)"
     )
     p.add_argument(
         "--student-labels",
@@ -136,14 +139,14 @@ def get_args(argv=None):
 
 def add_training_flags(p):
     """How long and how fast a net learns, and from what its images are made."""
-    p.add_argument("--max-iters", type=int, help="steps of each stage, at most")
-    p.add_argument("--teacher-iters", type=int, help="steps of the teacher, if fewer")
+    p.add_argument("--max-iters", type=int, help="steps of each training")
+    p.add_argument("--teacher-iters", type=int, help="of the teacher's (default: the same)")
     p.add_argument("--batch-size", type=int, help="images a step, of all processes together")
     p.add_argument("--teacher-batch-size", type=int, help="likewise, for the teacher")
     p.add_argument(
         "--accumulate", type=int, default=1, help="take a batch in N parts, if it does not fit"
     )
-    p.add_argument("--lr", type=float, help="peak learning rate; 6e-5 suits pre-trained weights")
+    p.add_argument("--lr", type=float, help="peak learning rate")
     p.add_argument(
         "--teacher-lr",
         type=float,
@@ -272,10 +275,10 @@ def check_idle(args):
 
 def fast_dtype(device):
     """The --dtype that suits a device best."""
-    device = model.get_device(device)
+    device = parallel.get_device(device)
     if device.type == "cpu":
         return "float32"
-    return "bfloat16" if model.has_native(device, "bfloat16") else "float16"
+    return "bfloat16" if parallel.has_native(device, "bfloat16") else "float16"
 
 
 def check_limits(args, limits):

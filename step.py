@@ -1,6 +1,6 @@
 """
-One step of training: the teacher looks, the student is compared with labels and teacher, the
-weights move. What `train.py` repeats and `bench.py` times.
+The parts of a training step: student and loss terms, frozen teacher, learning rate, update.
+`loop.run_steps` puts them together, `bench.py` times them.
 """
 
 import math
@@ -22,13 +22,15 @@ class Learner(nn.Module):
         self.student, self.method = student, method
         self.register_buffer("class_weights", class_weights, persistent=False)
 
-    def forward(self, images, labels, seen, count=None):
-        """count: of the cross-entropy, see `mean_count`; the dict of terms."""
+    def forward(self, images, labels, teacher, count=None):
+        """{name: loss term}. teacher: its Output, or None; count: what the cross-entropy divides
+        by, see `mean_count`.
+        """
         out = self.student(images)
         terms = {}
         if not getattr(self.method, "replaces_ce", False):
             terms["ce"] = distill.cross_entropy(out.logits, labels, self.class_weights, count)
-        taught = self.method(out, seen, images, labels)
+        taught = self.method(out, teacher, images, labels)
         if "ce" in terms and "ce" in taught:
             raise UserError("a method's term is called 'ce', as the cross-entropy of the labels is")
         return terms | taught
@@ -51,12 +53,11 @@ class Teacher(nn.Module):
     facts: its own; mean, std: what the images were normalised with, for the student.
     """
 
-    def __init__(self, net, facts, mean, std, needs_logits=False):
+    def __init__(self, net, facts, mean, std, needs_head=False):
         super().__init__()
-        self.net, self.void, self.needs_logits = net, facts["void"], needs_logits
-        self.renormalise = (mean, std, facts["mean"], facts["std"])
-        if (mean, std) == (facts["mean"], facts["std"]):
-            self.renormalise = None
+        self.net, self.void, self.needs_head = net, facts["void"], needs_head
+        own = facts["mean"], facts["std"]
+        self.renormalise = None if (mean, std) == own else (mean, std, *own)
 
     @torch.no_grad()
     def forward(self, images):
@@ -64,8 +65,8 @@ class Teacher(nn.Module):
             mean, std, own_mean, own_std = self.renormalise
             mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
             images = augment.normalise(images * std + mean, own_mean, own_std)  # by way of [0, 1]
-        out = self.net(images, head=self.needs_logits)
-        if self.needs_logits and self.void is not None:  # an output that is none of the classes
+        out = self.net(images, head=self.needs_head)
+        if self.needs_head and self.void is not None:  # an output that is none of the classes
             out = out._replace(logits=out.logits[:, : self.void])
         return out
 

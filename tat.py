@@ -23,8 +23,9 @@ An image classifier's last map is small enough for the whole: WholeTaT, for pret
 import torch.nn.functional as F
 from torch import nn
 
-from distill import conv_bn, full_precision, refuse_idle, to_grid
+from distill import conv_bn, refuse_idle, to_grid
 from model import to_tokens
+from nets import full_precision
 
 
 def embedding(c_in, c_out):
@@ -96,7 +97,7 @@ class TaT(nn.Module):
     The authors' teacher runs in training mode; ours does not, as in all methods here.
     """
 
-    needs_teacher = needs_logits = True
+    needs_teacher = needs_head = True
 
     def __init__(
         self,
@@ -155,7 +156,7 @@ class WholeTaT(nn.Module):
     0.5 KL at T = 1 + 0.1 TaT.
     """
 
-    needs_teacher, needs_logits = True, False
+    needs_teacher, needs_head = True, False
 
     def __init__(self, student_channels, teacher_channels, tat_axis="teacher", tat_weight=0.2):
         super().__init__()

@@ -5,10 +5,10 @@ Train a teacher if there is none, distil it into a small student, score both.
     python train.py --dataset nyuv2 --data-dir D --student b0   # B2 teacher, B0 student, NYUv2
     torchrun --nproc_per_node=4 train.py --dataset nyuv2 --data-dir D
 
-A run has up to three stages: `teacher` (unless --teacher-ckpt), `alone` (the student by itself with
-the same budget, to compare with; --alone) and `student` (distilled). Everything random in step k of
-a stage comes from the seed and k alone: that is why a run can be interrupted and resumed, or split
-over processes, and stays the same run.
+A run has up to three stages, trainings one after the other: `teacher` (unless --teacher-ckpt),
+`alone` (the student by itself with the same budget, to compare with; --alone) and `student`
+(distilled). Everything random in step k of a stage comes from the seed and k alone: that is why a
+run can be interrupted and resumed, or split over processes, and stays the same run.
 """
 
 import contextlib
@@ -86,8 +86,8 @@ def open_run(args):
         if args.teacher:
             teacher_iters = PAPER_EPOCHS * math.ceil(len(train) / args.teacher_batch_size)
             args.teacher_iters = args.teacher_iters or teacher_iters
-    if args.teacher:
-        args.teacher_iters = min(args.teacher_iters or args.max_iters, args.max_iters)
+    if args.teacher and args.teacher_iters is None:
+        args.teacher_iters = args.max_iters
     height, width = train.image(0).shape[:2]
     whiten = args.normalise == "imagenet"
     facts = dict(
@@ -130,16 +130,18 @@ def check_labels(run):
     with told_once(run):
         if run.args.teacher:
             data.check_labels(run.train, run.dataset.classes, "training images")
-        few = data.subset(run.few, run.args.student_labels or len(run.few))
-        data.check_labels(few, run.dataset.classes, "student's images")
+        data.check_labels(run.images("alone"), run.dataset.classes, "student's images")
 
 
 # ------------------------------------------------------------------------------------------------
 # a stage
 
 
-def run_stage(run, stage, name, method="none", teacher=None):
-    """Train, score and save one net, or read it if that is done: (net in eval mode, facts)."""
+def run_stage(run, stage, name, spec="none", teacher=None):
+    """Train, score and save one net, or read it if that is done: (net in eval mode, facts).
+
+    spec: the method by name; teacher: what this returned of the teacher.
+    """
     args, path = run.args, run.out / f"{stage}.pt"
     if stage in run.results:
         net, facts = model.load(path)
@@ -151,12 +153,12 @@ def run_stage(run, stage, name, method="none", teacher=None):
     net = model.build(name, len(run.dataset.classes))
     run.print(f"\n{stage}: {name}, {model.count_parameters(net):,} parameters")
     init = start_from(run, stage, net)
-    method = build_method(args, method, net, teacher and teacher[0])
+    method = build_method(args, spec, net, teacher and teacher[0])
     for note in [m.note for m in method.modules() if getattr(m, "note", "")]:
         run.print(note)
     extra = model.count_parameters(method)
     of = len(run.images(stage))
-    adapters = f", {extra:,} more parameters to train" if extra else ""
+    adapters = f", {extra:,} parameters of adapters" if extra else ""
     run.print(f"{iters} steps of {batch_size}, from {of} images{adapters}")
     lr = args.teacher_lr if is_teacher else args.lr
     lr = lr if lr is not None else (args.lr if init == "scratch" else min(args.lr, FINE_TUNING_LR))
@@ -242,15 +244,15 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
     weights = None if getattr(method, "replaces_ce", False) else class_weights(run, split)
     learner = Learner(net, method, weights)
     mean, std = run.facts["mean"], run.facts["std"]
-    looks = Teacher(*teacher, mean, std, method.needs_logits) if method.needs_teacher else None
-    parts = loop.trained_parts(run, learner, looks, lr, decay_everything=paper)
+    frozen = Teacher(*teacher, mean, std, method.needs_head) if method.needs_teacher else None
+    parts = loop.trained_parts(run, learner, frozen, lr, decay_everything=paper)
     if args.ema:
         average = get_ema_multi_avg_fn(args.ema)
         parts["ema"] = AveragedModel(net, multi_avg_fn=average, use_buffers=True)
     schedule = dict(peak=lr, total=iters, warmup=args.warmup)
     schedule |= dict(paper_epoch=math.ceil(len(split) / batch_size) if paper else None)
     batches = make_batches(run, split, batch_size)
-    terms = functools.partial(loss_terms, run, looks)
+    terms = functools.partial(loss_terms, run, frozen)
     scoring = functools.partial(score, run, stage, facts=run.facts)
 
     def count(batches):
@@ -268,12 +270,12 @@ def make_batches(run, split, batch_size):
     return augment.Batches(split, micro, run.args.seed, run.augment, run.rank, run.world)
 
 
-def loss_terms(run, teacher, learner, batch, count=None):
-    """Forward passes of teacher and student: the dict of loss terms."""
+def loss_terms(run, frozen, learner, batch, count=None):
+    """Forward passes of the frozen teacher, if there is one, and the student: {name: term}."""
     facts = run.facts
     images, labels = augment.device_batch(batch, run.device, facts["mean"], facts["std"])
     with evaluation.autocast(run.device, run.args.dtype):
-        return learner(images, labels, teacher and teacher(images), count)
+        return learner(images, labels, frozen and frozen(images), count)
 
 
 def class_weights(run, split):
@@ -314,13 +316,13 @@ def report(run, nets):
             f"{shares[1]:>11s} {shares[2]:>13s} {loop.clock(r['seconds']):>8s}"
         )
     h, w = run.augment.crop
-    args, few = run.args, f"student from {len(run.few)} of {len(run.train)} training images"
+    args, told = run.args, f"student from {len(run.few)} of {len(run.train)} training images"
     if args.student_labels:
-        few += f", labels of {args.student_labels}"
+        told += f", labels of {args.student_labels}"
     if args.unlabelled:
-        few += f", and {len(run.unlabelled)} without labels"
+        told += f", and {len(run.unlabelled)} without labels"
     if args.student_images or args.student_labels or args.unlabelled:
-        run.print(few)
+        run.print(told)
     scored = f"{student['images']} val images, protocol {student['protocol']}"
     run.print(f"GMACs at {h}x{w}; {scored}")
     pictures(run, nets, ["photo", "labels", *(titles[s] for s in run.results)])

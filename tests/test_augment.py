@@ -145,7 +145,7 @@ def test_every_epoch_sees_every_image_once_in_a_new_order():
     stream = [i for step in range(9) for i in sample_indices(step, 4, 12, seed=0)]
     epochs = [stream[k : k + 12] for k in (0, 12, 24)]
     assert all(sorted(e) == list(range(12)) for e in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
+    assert len({*map(tuple, epochs)}) == 3
     assert sample_indices(0, 4, 12, seed=1) != epochs[0][:4]
     assert len(sample_indices(0, 30, 12, seed=0)) == 30  # a batch larger than the data
 
@@ -162,3 +162,72 @@ def test_few_labels_are_half_of_every_batch():
     assert others[:10] != others[10:20]
     for labelled in (0, 13):  # of all or none: as if nothing was said
         assert sample_indices(2, 6, 13, 0, labelled) == sample_indices(2, 6, 13, 0)
+
+
+class Draws:
+    """A generator that draws what it is told."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def uniform(self, low, high, size=None):
+        value = self.values.pop(0)
+        return np.array(value) if size else value
+
+
+def test_saturation_is_torchvisions():
+    rgb = torch.rand(3, 6, 7, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.3
+    m = torch.from_numpy(augment.colour_matrix(Draws(0.0, (0.4, 0.0), 0.0), 1.0))
+    got = torch.einsum("ij,jhw->ihw", m[:, :3], rgb) + m[:, 3, None, None]
+    assert torch.allclose(got, tv.adjust_saturation(rgb, 1.4), atol=2e-3)
+
+
+def test_hue_is_a_turn_about_grey():
+    m = torch.from_numpy(augment.colour_matrix(Draws(1.0, (0.0, 0.0), 0.0), 1.0))[:, :3]
+    k = 3**-0.5
+    cross = torch.tensor([[0, -k, k], [k, 0, -k], [-k, k, 0]])
+    assert torch.allclose(m, torch.matrix_exp(0.3 * cross), atol=1e-6)
+
+
+def test_ranges_of_colour():
+    m = np.stack([augment.colour_matrix(np.random.default_rng(k), 1.0) for k in range(2000)])
+    contrast = m[:, 0, :3].sum(1)  # saturation and hue leave grey as it is
+    brightness = m[:, 0, 3] - 0.5 * (1 - contrast)
+    for x, low, high in ((contrast, 0.5, 1.5), (brightness, -0.125, 0.125)):
+        share = (x - low) / (high - low)
+        assert -1e-5 < share.min() < 0.01 and 0.99 < share.max() < 1 + 1e-5
+        assert share.mean() == pytest.approx(0.5, abs=0.03)
+    saturation = (np.linalg.det(m[:, :, :3].astype(float)) / contrast.astype(float) ** 3) ** 0.5
+    assert 0.5 - 1e-3 < saturation.min() < 0.51 and 1.49 < saturation.max() < 1.5 + 1e-3
+
+
+def test_scales_and_flips_are_drawn_evenly():
+    rng = np.random.default_rng(0)
+    draws = [augment.random_geometry(rng, (40, 60), Augment((32, 32))) for _ in range(3000)]
+    octaves = np.log2([y[1] for y, _ in draws])  # of 0.5 to 2: -1 to 1, evenly
+    counts, _ = np.histogram(octaves, 4, (-1, 1))
+    assert counts.sum() == 3000 and abs(counts - 750).max() < 120
+    assert abs(np.mean([x[3] for _, x in draws]) - 0.5) < 0.04 and not any(y[3] for y, _ in draws)
+
+
+@pytest.mark.parametrize(
+    "crop, fit, want",
+    [
+        ((37, 57), False, range(4)),
+        ((43, 63), False, range(-3, 1)),
+        ((40, 60), True, range(-2, 3)),
+    ],
+)
+def test_every_place_of_a_crop_is_drawn(crop, fit, want):
+    rng, how = np.random.default_rng(0), Augment(crop, scale=(1.0, 1.0), fit=fit)
+    starts = [[axis[2] for axis in augment.random_geometry(rng, (40, 60), how)] for _ in range(300)]
+    assert all(set(along) == set(want) for along in zip(*starts))
+
+
+def test_colours_stay_colours():
+    place = torch.arange(4.0)[None]
+    image = torch.full((1, 4, 4, 3), 128, dtype=torch.uint8)
+    for bias in (-3.0, 3.0):
+        colour = torch.cat([torch.eye(3), torch.full((3, 1), bias)], dim=1)[None]
+        got = augment.resample(dict(image=image, y=place, x=place, colour=colour))
+        assert (got == float(bias > 0)).all()

@@ -10,7 +10,7 @@ from conftest import Largest
 import baselines
 import files
 import model
-from distill import build_method
+from methods import build_method
 
 STUDENT, TEACHER, WIDTHS, K = (4, 6, 8, 10), (6, 8, 10, 12), (5, 7), 4
 SIZE = (32, 48)  # of the images
@@ -217,7 +217,7 @@ def test_fitnet(kind, size):
 def test_fitnet_of_a_stage(stage):
     s, t, labels = pair("cnn", size=(34, 51))
     method = build("fitnet", fitnet_layer=str(stage), fitnet_weight=2.0)
-    assert not method.needs_logits and build("fitnet").needs_logits
+    assert not method.needs_head and build("fitnet").needs_head
     s, t = s._replace(decoded=None, logits=None), t._replace(decoded=None, logits=None)
     a, b = s.features[stage - 1].detach().double(), t.features[stage - 1]
     w = method.project.weight[:, :, 0, 0].detach().double()
@@ -644,12 +644,12 @@ def test_gradients_reach_student_and_adapters_only(name):
     method = build_method(name, *args, **options)
     images, labels = torch.randn(2, 3, 64, 80), torch.randint(0, K, (2, 64, 80)).to(torch.uint8)
     with torch.no_grad():
-        seen = teacher.eval()(images, head=method.needs_logits)
+        seen = teacher.eval()(images, head=method.needs_head)
     sum(method(student(images), seen, images, labels).values()).backward()
     for key, p in method.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), key
     for key, p in student.named_parameters():
-        used = method.needs_logits or not key.startswith("head")
+        used = method.needs_head or not key.startswith("head")
         used = used and (name in ("kd", "cwd", "dsd") or "classifier" not in key)
         assert (p.grad is not None and p.grad.isfinite().all()) == used, key
     assert all(p.grad is None for p in teacher.parameters())

@@ -21,6 +21,7 @@ import eval as evaluation
 import flops
 import methods
 import model
+import parallel
 import timing
 import train
 from files import UserError
@@ -250,7 +251,7 @@ def test_everything(monkeypatch, tmp_path, capsys):
         assert set(r["parts"]) == parts and 0 < r["memory_gb"] < 2 and 0 < r["utilisation"] < 1
         assert r["seconds"] == pytest.approx(sum(r["parts"].values()), rel=0.7)
     kinds = {r["kind"] for r in tree["inference"]}
-    low = {"bfloat16"} if model.has_native(torch.device("cpu"), "bfloat16") else set()
+    low = {"bfloat16"} if parallel.has_native(torch.device("cpu"), "bfloat16") else set()
     assert {"float32", "transformers, float32", "nano"} | low <= kinds
     assert all(r["seconds"] > 0 for r in tree["inference"])
     assert tree["data"]["host_img_s"] > 0 and set(tree["processes"]) == {"apart", "together"}
@@ -260,7 +261,7 @@ def test_everything(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_only_where_it_is_no_emulation_unless_asked_for(monkeypatch, native, capsys):
-    monkeypatch.setattr(model, "has_native", lambda *_: native)
+    monkeypatch.setattr(parallel, "has_native", lambda *_: native)
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e9)
     seen = []
     monkeypatch.setattr(bench, "SECTIONS", dict(step=lambda args, _: seen.append(args), last=None))
@@ -299,7 +300,7 @@ def faults():
     counts = []
     for k in range(22):
         if k == 11:
-            model.keep_memory()
+            parallel.keep_memory()
         torch.zeros(10**7).add_(1)
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
     return counts[10] - counts[0], counts[21] - counts[11]

@@ -11,8 +11,9 @@ import c2vkd
 import methods
 import model
 from c2vkd import C2VKD, AttentionPool, graph, kl, pdd
-from distill import IGNORE, NoDistillation, build_method
+from distill import IGNORE, NoDistillation
 from files import UserError
+from methods import build_method
 from step import Learner
 
 STUDENT, TEACHER = (8, 12, 16, 24), (16, 24, 40, 128)

@@ -15,6 +15,7 @@ import cnn
 import distill
 import eval as evaluation
 import flops
+import methods
 import model
 import parallel
 import train
@@ -89,7 +90,9 @@ def test_shapes(name):
         assert net(torch.empty(1, 3, 65, 96), head=False).logits is None
     sizes = [(17, 24), (9, 12), (9, 12), (9, 12)]
     assert [f.shape for f in out.features] == [(1, c, *s) for c, s in zip(net.channels, sizes)]
-    assert net.channels == (256, 512, 1024, 2048) and out.embeddings == () and not net.embeds
+    assert (
+        net.channels == (256, 512, 1024, 2048) and out.embeddings == () and not net.has_embeddings
+    )
     assert net.width == (512 if "fcn" in name else 256)
     assert out.decoded.shape == (1, net.width, 9, 12) and out.logits.shape == (1, 7, 9, 12)
     assert {p: v.shape for p, v in net.state_dict().items()} == {
@@ -275,8 +278,8 @@ def test_csf_alone_learns_from_a_cnn():
     channels = (8, 12, 16, 20)
     maps = tuple(torch.randn(2, c, 64 // s, 96 // s) for c, s in zip(channels, (4, 8, 8, 8)))
     seen = model.Output(None, maps, ())
-    method = distill.build_method(
-        "transkd-base", student.channels, channels, embeds=False, embed="none"
+    method = methods.build_method(
+        "transkd-base", student.channels, channels, has_embeddings=False, embed="none"
     )
     out = student(torch.randn(2, 3, 64, 96))
     fused = method.csf(out.features)
@@ -292,7 +295,7 @@ def test_csf_alone_learns_from_a_cnn():
     assert abs(picked - want) > 0.01 * want
     for method in ("transkd-base", "transkd-gl", "transkd-ea"):
         with pytest.raises(UserError, match="--method transkd-base --embed none") as e:
-            distill.build_method(method, student.channels, channels, embeds=False)
+            methods.build_method(method, student.channels, channels, has_embeddings=False)
         assert "\n" not in str(e.value)
 
 

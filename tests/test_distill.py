@@ -9,8 +9,9 @@ from conftest import Largest
 import baselines
 import distill
 import files
+import manifold
 import model
-from distill import build_method
+from methods import build_method
 
 STUDENT, TEACHER = (8, 16, 24, 32), (16, 24, 40, 48)
 METHODS = {**distill.METHODS, **baselines.METHODS}
@@ -83,21 +84,21 @@ def test_gram_difference_is_that_of_the_gram_matrices(n, ca, cb):
         for j in range(n):
             aa, bb = ((x[..., i, :] * x[..., j, :]).sum(-1) for x in (a, b))
             want = want + (aa - bb) ** 2 / n**2
-    got = distill.gram_difference(a, b)
+    got = manifold.gram_difference(a, b)
     assert got.shape == (2, 3) and torch.allclose(got, want, rtol=1e-12)
     grads = [torch.autograd.grad(x.sum(), a, retain_graph=True)[0] for x in (got, want)]
     assert torch.allclose(*grads, rtol=1e-10, atol=1e-12)
     without = (a.mT @ a).square().sum((-2, -1)) / n**2 + (b.mT @ b).square().sum((-2, -1)) / n**2
     assert not torch.allclose(without, want, rtol=1e-3)
-    assert distill.gram_difference(a, a).abs().max() < 1e-12
+    assert manifold.gram_difference(a, a).abs().max() < 1e-12
 
 
 def test_gram_difference_ignores_autocast():
     a, b = torch.randn(2, 1, 40, 6)
     with torch.autocast("cpu", torch.bfloat16):
-        low = distill.gram_difference(a, b), distill.gram_difference(a[:, :4], b[:, :4])
-    assert low[0].dtype == torch.float32 and torch.equal(low[0], distill.gram_difference(a, b))
-    assert torch.equal(low[1], distill.gram_difference(a[:, :4], b[:, :4]))
+        low = manifold.gram_difference(a, b), manifold.gram_difference(a[:, :4], b[:, :4])
+    assert low[0].dtype == torch.float32 and torch.equal(low[0], manifold.gram_difference(a, b))
+    assert torch.equal(low[1], manifold.gram_difference(a[:, :4], b[:, :4]))
 
 
 def test_to_grid_averages_what_is_larger_and_interpolates_what_is_smaller():
@@ -193,7 +194,7 @@ def test_csf_fuses_from_deep_to_shallow():
     assert reach == [[k >= i for k in range(4)] for i in range(4)]
 
 
-def test_released_csf_norm_knows_two_branches():
+def test_released_csf_norm_knows_two_branches(monkeypatch):
     """At batch 2 its batch norm makes z of one sample minus that of the other; at batch 1 another
     layer is used. Every parameter has a gradient in both, as DDP needs."""
     csf = distill.CrossSelectiveFusion(STUDENT, TEACHER, norm="batch")
@@ -205,8 +206,12 @@ def test_released_csf_norm_knows_two_branches():
         csf.zero_grad()
         sum(f.square().sum() for f in csf(output(STUDENT, batch=batch).features)).backward()
         assert all(p.grad is not None for p in csf.parameters())
-        assert csf.squeeze1[0].weight.grad.any() == (batch == 1)
+        assert csf.squeeze_single[0][0].weight.grad.any() == (batch == 1)
         assert csf.squeeze[0][0].weight.grad.any() == (batch == 2)
+    monkeypatch.setattr(distill, "rank_and_world", lambda: (1, 2))
+    csf.eval().zero_grad()  # the norm would be synchronised
+    sum(f.square().sum() for f in csf(output(STUDENT, batch=1).features)).backward()
+    assert csf.squeeze[0][0].weight.grad.any()  # two images in all
 
 
 def test_default_csf_does_not_mix_samples_in_its_attention():
@@ -322,7 +327,7 @@ def test_gradients_reach_student_and_adapters_only(name, loss):
     method = build_method(name, student.channels, teacher.channels, METHODS, **options)
     images = torch.randn(2, 3, 128, 160)
     with torch.no_grad():
-        seen = teacher(images, head=method.needs_logits)
+        seen = teacher(images, head=method.needs_head)
     sum(method(student(images), seen, images, None).values()).backward()
     for key, p in method.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), key
@@ -393,11 +398,13 @@ def test_ablations():
     two = two(s, t, None, None)
     assert two["features"].item() == pytest.approx(2 * one["features"].item())
     assert two["embeddings"].item() == pytest.approx(3 * one["embeddings"].item())
+    none = build_method("transkd-base", STUDENT, TEACHER, feature_weight=0)
+    assert none.csf is None and set(none(s, t, None, None)) == {"embeddings"}
 
 
 def test_methods_combine():
     method = build_method("transkd-base+kd", STUDENT, TEACHER, METHODS, temperature=4.0)
-    assert method.needs_teacher and method.needs_logits
+    assert method.needs_teacher and method.needs_head
     terms = method(output(STUDENT), output(TEACHER, seed=1), None, None)
     assert set(terms) == {"transkd-base/features", "transkd-base/embeddings", "kd/kd"}
 
@@ -410,10 +417,17 @@ def test_methods_combine():
         ("kd", dict(csf_norm="batch"), "--csf-norm has no effect on --method kd"),
         ("none", dict(temperature=2.0), "--temperature has no effect"),
         ("none+kd", {}, "none goes with no other"),
-        ("transkd-base", dict(feature_loss="none", embed="none"), "nothing for it to act on"),
+        (
+            "transkd-base",
+            dict(feature_loss="none", embed="none"),
+            "both left out: there is nothing",
+        ),
+        ("transkd-base", dict(feature_weight=0, embed="none"), "both left out: there is nothing"),
+        ("transkd-base", dict(feature_weight=0, csf_norm="batch"), "--csf-norm: there is"),
+        ("transkd-base", dict(embed="none", embed_weight=0), "--embed-weight: there is"),
         ("transkd-base", dict(feature_loss="none", csf_norm="batch"), "--csf-norm: there is"),
         ("transkd-ea", dict(gl_residual=True), "--gl-init or --gl-residual: there is"),
-        ("transkd-gl", dict(embed="2"), "the mixer of stage 4: there is"),
+        ("transkd-gl", dict(embed="2"), "no embeddings of stage 4, and their mixer: there is"),
     ],
 )
 def test_bad_specs(spec, options, words):
@@ -432,3 +446,25 @@ def test_losses_stay_in_float32_under_autocast():
         terms["ce"] = distill.cross_entropy(out.logits, labels)
     assert out.logits.dtype == torch.bfloat16
     assert all(v.dtype == torch.float32 and v.isfinite() for v in terms.values())
+
+
+def test_class_weights_may_add_up_to_less_than_one():
+    torch.manual_seed(0)
+    logits, class_weights = torch.randn(1, 3, 4, 4), torch.tensor([0.1, 0.2, 0.05])
+    labels = torch.full((1, 4, 4), 255)
+    labels[0, 1, 2] = 1
+    want = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=255)
+    got = distill.cross_entropy(logits, labels, class_weights)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_an_assistant_alone_starts_as_among_the_four(stage):
+    pea = build_method("transkd-ea", STUDENT, STUDENT, embed=str(stage)).pea
+    assert pea.u[0].item() == pytest.approx(0.1 * stage)
+    assert pea.v[0].item() == pytest.approx(0.4 + 0.1 * stage)
+
+
+def test_one_of_several_methods_may_replace_the_cross_entropy():
+    assert build_method("c2vkd+kd", STUDENT, TEACHER).replaces_ce
+    assert not build_method("transkd-base+kd", STUDENT, TEACHER).replaces_ce

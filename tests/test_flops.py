@@ -53,17 +53,17 @@ def test_head_by_hand():
     assert saved == pytest.approx(written - merged - products, rel=0.01)
 
 
-@pytest.mark.parametrize("words", ["--teacher b2", "--csf-norm batch", "--method list --json"])
+@pytest.mark.parametrize("words", ["--teacher b2", "--csf-norm batch"])
 def test_flags_without_effect(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["flops.py", *words.split()])
-    with pytest.raises(files.UserError, match="has no effect|without other flags"):
+    with pytest.raises(files.UserError, match="has no effect"):
         flops.main(flops.get_args())
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--method none", "--method none: no wrapper, no row; leave --method out"),
+        ("--method none", "--method none: no adapters, no row; leave --method out"),
         ("--model fcn_resnet50 --method kd", "fcn_resnet50: CNNs only teach; leave --method out"),
         ("--model b9 --method kd", "unknown model 'b9'"),
     ],

@@ -1,5 +1,8 @@
 """What a training run does step by step, against a few lines of plain torch."""
 
+import json
+from argparse import Namespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,8 @@ import loop
 import model
 import settings
 import train
-from step import Teacher
+from files import UserError
+from step import Teacher, update
 
 MORE = "--method none --class-weights paper --crop-size 64 --max-iters 3 --lr 1e-2 --warmup 0.34"
 TINY_CLIP = 1e-5  # gradients as small as AdamW's epsilon: none counts by its sign alone
@@ -120,3 +124,58 @@ def test_a_teachers_void_is_cut_off():
     with torch.no_grad():
         want = net(images).logits[:, :3]
     assert torch.equal(Teacher(net, facts, facts["mean"], facts["std"], True)(images).logits, want)
+
+
+def a_watch(folder, accumulate=1, batch_size=8):
+    args = Namespace(accumulate=accumulate, log_every=0)
+    run_ = loop.Run(args=args, out=folder, device=torch.device("cpu"))
+    return loop.Watch(run_, "student", total=20, batch_size=batch_size)
+
+
+def test_lines_tell_means_speed_and_what_is_left(tmp_path, monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(loop.time, "time", lambda: clock[0])
+    watch = a_watch(tmp_path, accumulate=2)
+    watch.begin(4)  # resumed
+
+    def steps(*values):  # two parts a step
+        for k, value in enumerate(values):
+            watch.add(k // 2, dict(ce=torch.tensor(value)))
+
+    steps(1.0, 3.0, 5.0, 7.0)
+    clock[0] += 4
+    with watch.paused():
+        clock[0] += 50
+    watch.report(5, 0.1)  # two steps of 8 in 4 seconds; 14 are left
+    steps(10.0, 20.0)
+    clock[0] += 1
+    watch.report(6, 0.1)  # one step in 1 second; 3 steps in 5 seconds, 13 are left
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["ce"], r["img_s"]) for r in lines] == [(6, 4.0, 4.0), (7, 15.0, 8.0)]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("eta 0:28") and said[1].endswith("eta 0:22")
+    assert watch.seconds() == 5.0
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_the_first_step_at_which_a_term_was_not_finite_is_told(tmp_path, value):
+    watch = a_watch(tmp_path)
+    for step, kd in enumerate((1.0, 2.0, value, 3.0, value)):
+        watch.add(step, dict(ce=torch.tensor(1.0), kd=torch.tensor(kd)))
+    with pytest.raises(UserError, match="'kd' was not finite at step 2"):
+        watch.check()
+
+
+def test_what_is_clipped_are_the_gradients_and_not_the_scaled_ones():
+    def flat(tensors):
+        return torch.cat([x.detach().flatten() for x in tensors])
+
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(5, 3), torch.randn(4, 5)
+    start = flat(net.parameters())
+    g = flat(torch.autograd.grad(net(x).square().sum(), net.parameters()))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(net(x).square().sum()).backward()
+    update(net, optimizer, scaler, 0.5 * g.norm().item())
+    assert torch.allclose(flat(net.parameters()), start - 0.5 * g, atol=1e-5)

@@ -8,7 +8,7 @@ from conftest import Largest
 import files
 import manifold
 import model
-from distill import build_method
+from methods import build_method
 
 STUDENT, TEACHER = (8, 16, 24, 32), (16, 24, 40, 48)
 NAMES = "patches", "samples", "random"
@@ -182,7 +182,7 @@ def test_gradients_reach_the_encoder_only():
     torch.manual_seed(0)
     student, teacher = model.build("nano", 4), model.build("b0", 4)
     method = build(manifold_stages=(3, 4))
-    assert not list(method.parameters()) and not method.needs_logits
+    assert not list(method.parameters()) and not method.needs_head
     images = torch.randn(2, 3, 128, 160)
     with torch.no_grad():
         seen = teacher(images, head=False)
@@ -230,3 +230,16 @@ def test_terms_are_those_of_float32_under_autocast(stage):
 def test_options_without_effect(options, words):
     with pytest.raises(files.UserError, match=words):
         build(**options)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_a_stage_is_compared_with_the_teachers_own(stage):
+    """Where all other stages are missing, the terms are the same."""
+
+    def only(out):
+        features = (f if i == stage - 1 else None for i, f in enumerate(out.features))
+        return model.Output(None, tuple(features), ())
+
+    s, t = output(STUDENT), output(TEACHER, seed=1)
+    how = dict(manifold_stages=(stage,), manifold_rows=10**6)
+    assert terms(s, t, **how) == terms(only(s), only(t), **how)

@@ -16,7 +16,7 @@ import train
 from files import UserError
 
 EVERY = [name for name in methods.METHODS if name != "none"]
-NOT_FLAGS = {"variant", "widths", "classes", "embeds"}
+NOT_FLAGS = {"variant", "widths", "classes", "has_embeddings"}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_every_method_has_its_paper_and_is_listed(capsys):
 class MyMethod(torch.nn.Module):
     """As the README says."""
 
-    needs_teacher, needs_logits = True, True
+    needs_teacher, needs_head = True, True
 
     def __init__(self, student_channels, teacher_channels):
         super().__init__()
@@ -80,7 +80,7 @@ class MyMethod(torch.nn.Module):
 
 
 class Unsaid(MyMethod):
-    needs_logits = property()  # as if it had none
+    needs_head = property()  # as if it had none
 
 
 class Clash(MyMethod):
@@ -95,7 +95,7 @@ def test_a_method_of_ones_own(place, tmp_path, monkeypatch, capsys):
     train.main(train.get_args(["--method", "list"]))
     assert "mine " in capsys.readouterr().out
     for method, message in (
-        (Unsaid, "method 'mine' does not say needs_logits: set it to True or False"),
+        (Unsaid, "method 'mine' does not say needs_head: set it to True or False"),
         (Clash, "a method's term is called 'ce', as the cross-entropy of the labels is"),
     ):
         monkeypatch.setitem(methods.METHODS, "mine", method)

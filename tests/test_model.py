@@ -239,3 +239,26 @@ def test_failed_save_keeps_the_old_file(tmp_path):
         raise ZeroDivisionError
     assert torch.equal(files.load_tensors(path)["x"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_is_that_of_its_formula(dtype, tolerance, fused):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8).to(dtype) for n in (50, 20, 20))
+    w = (torch.einsum("bhid,bhjd->bhij", q.double(), k.double()) / 8**0.5).softmax(dim=3)
+    want = torch.einsum("bhij,bhjd->bhid", w, v.double())
+    got = model.attend(q, k, v, fused).double()
+    assert (got - want).norm() < tolerance * want.norm()
+
+
+@pytest.mark.parametrize("name", ["nano", "lvt", "pvt_v2_b0"])
+def test_blocks_drop_samples_and_heads_channels(name):
+    """And a rate of 0 is a rate."""
+    net = model.build(name, 3, drop_path=0.2, dropout=0.3)
+    drops = {k: m for k, m in net.named_modules() if isinstance(m, model.Drop)}
+    encoder = [m for k, m in drops.items() if k.startswith("encoder.")]
+    assert {m.dims for m in encoder} == {1} and max(m.p for m in encoder) == pytest.approx(0.2)
+    assert [(m.dims, m.p) for k, m in drops.items() if k.startswith("head.")] == [(2, 0.3)]
+    net = model.build(name, 3, drop_path=0.0, dropout=0.0)
+    assert {m.p for m in net.modules() if isinstance(m, model.Drop)} == {0}

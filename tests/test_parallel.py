@@ -72,3 +72,30 @@ def test_spare_cores(monkeypatch, cores, processes, workers):
     monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert parallel.spare_cores() == workers
+
+
+def test_a_synchronised_norm_is_the_same_norm():
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(3, eps=0.1, momentum=0.3)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(1, 2)
+    got = parallel.synchronise(torch.nn.Sequential(norm), torch.device("cpu"))[0]
+    assert type(got) is parallel.GlooBatchNorm and (got.eps, got.momentum) == (0.1, 0.3)
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(got.eval()(x), norm.eval()(x))
+
+
+def asked(rank, port):
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
+    parallel.start("cpu")
+    answers = parallel.any_process(rank == 0, rank == 1, False, True)
+    parallel.stop()
+    return answers
+
+
+def test_any_process_speaks_for_all():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    assert timing.in_processes(asked, (0, port), (1, port)) == [[True, True, False, True]] * 2

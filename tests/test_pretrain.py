@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -758,3 +759,56 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(tree, tmp_path):
     photo.rename(photo.with_stem("other"))
     with pytest.raises(UserError, match="the data are others: checksum of names was "):
         run(tree, tmp_path / "out", "--resume", "--max-iters", "1")
+
+
+def test_a_classifier_starts_as_segformers_layers_do():
+    last = classifiers.build("nano", 1000, 32).classifier
+    assert last.weight.std().item() == pytest.approx(0.02, rel=0.05) and not last.bias.any()
+
+
+def test_a_classifier_that_was_read_is_in_eval_mode(tmp_path):
+    net = classifiers.build("nano", 2, 32)
+    classifiers.save(tmp_path / "x.pt", net, size=32, patch=None, classes=["a", "b"])
+    assert net.training and not classifiers.load(tmp_path / "x.pt")[0].training
+    assert [classifiers.default_patch(n) for n in (127, 128)] == [8, 16]
+
+
+@pytest.mark.parametrize(
+    "method, want",
+    [
+        ("none", (1, None, None, 0.1)),
+        ("kd", (0.5, 0.5, None, 0.1)),
+        ("manifold", (1, None, None, 0.1)),
+        ("manifold+kd", (0, 1, None, 0)),
+        ("tat", (0.1, None, 0.2, 0.1)),
+        ("tat+kd", (0.5, 0.5, 0.1, 0.1)),
+    ],
+)
+def test_defaults_of_the_methods(method, want):
+    teacher = [] if method == "none" else ["--teacher", "x.pt"]
+    args = pretrain.get_args(["--data-dir", "d", "--method", method, *teacher])
+    pretrain.resolve(args)
+    got = args.ce_weight, args.kd_weight, args.tat_weight, args.label_smoothing
+    assert got == want and args.store == 256
+
+
+def test_windows_and_mixtures_are_those_of_the_flags(tree, tmp_path, monkeypatch):
+    seen, real = [], photos.Crops
+    monkeypatch.setattr(photos, "Crops", lambda *a: seen.append(real(*a)) or seen[-1])
+    more = ["--area", "0.2", "0.9", "--colour", "0.3", "--mixup", "0.7", "--cutmix", "1.5"]
+    run(tree, tmp_path / "out", "--max-iters", "1", *more)
+    assert seen == [real(size=32, area=(0.2, 0.9), colour=0.3, mixup=0.7, cutmix=1.5)]
+
+
+def test_top_5_of_many_classes(tmp_path):
+    """The net puts the eight classes in one order, whatever it sees."""
+
+    class Order(torch.nn.Module):
+        def forward(self, images):
+            return model.Output(torch.arange(8.0).expand(len(images), 8), (), ())
+
+    write_photos(tmp_path / "d", train=1, val=1, classes=8)
+    args = Namespace(size=32, eval_batch_size=3, workers=0, dtype="float32")
+    run_ = loop.Run(args=args, out=tmp_path, device=torch.device("cpu"))
+    got = pretrain.score(run_, photos.find(tmp_path / "d", "val", 37), "encoder", Order(), 0)
+    assert (got["top1"], got["top5"], got["images"]) == (1 / 8, 5 / 8, 8)

@@ -359,3 +359,11 @@ def test_tables_of_classifiers(place, monkeypatch):
     assert f"| kd | 1 | {100 * runs['top1']:.1f} | " in text
     assert text.count("- vit_tiny: top-1 ") == 1  # in its own section
     assert len(list((place / "out/pretrained").iterdir())) == 2
+
+
+def test_columns_are_those_of_the_head():
+    run = dict(miou=0.1, pixel_acc=0.5, boundary_iou=0.25, paper=None, seconds=60, steps=1)
+    head, _, row = results.student_table(dict(kd=[run]), {}, None)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, row)]
+    found = dict(zip(*cells))
+    assert (found["mIoU"], found["pixels"], found["boundary IoU"]) == ("10.0", "50.0", "25.0")

@@ -11,7 +11,7 @@ from torch import nn
 import files
 import model
 import tat
-from distill import build_method
+from methods import build_method
 
 STUDENT, TEACHER, WIDTHS = (8, 16, 24, 32), (16, 24, 40, 48), (6, 10)
 
@@ -338,3 +338,8 @@ def test_each_term_alone():
 def test_options_without_effect(options, words):
     with pytest.raises(files.UserError, match=words):
         build(**options)
+
+
+def test_whole_tat_convolves_three_by_three():
+    whole = tat.WholeTaT((3, 5), (4, 6))
+    assert [p.shape for p in (whole.query[0].weight, whole.value[0].weight)] == [(6, 5, 3, 3)] * 2

@@ -24,6 +24,7 @@ import files
 import loop
 import methods
 import model
+import parallel
 import train
 from files import UserError
 from settings import settings
@@ -93,7 +94,6 @@ def test_learning_rate():
     assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11)
     assert rates[10] == 1 and rates[55] == pytest.approx(0.5) and rates[99] == pytest.approx(1 / 90)
     assert learning_rate(0, 1.0, 100) == 1
-    assert all(0 < learning_rate(s, 1.0, 1) for s in range(1))
 
 
 def test_learning_rate_of_the_paper():
@@ -242,7 +242,7 @@ def test_options_run(folder, tmp_path, more):
 def test_a_dtype_that_the_device_emulates_is_said_to_be_slow(
     folder, tmp_path, monkeypatch, capsys, native
 ):
-    monkeypatch.setattr(model, "has_native", lambda *_: native)
+    monkeypatch.setattr(parallel, "has_native", lambda *_: native)
     run(folder, tmp_path / "out", "--dtype", "bfloat16", "--method", "none", "--max-iters", "1")
     assert ("emulates bfloat16" in capsys.readouterr().out) == (not native)
 
@@ -377,12 +377,20 @@ def test_ema_is_a_running_average(folder, tmp_path, monkeypatch):
         save(run_, at, done, parts, *more)
 
     monkeypatch.setattr(loop, "save_state", keep)
+    scored, real = [], evaluation.evaluate
+
+    def evaluate(net, *a, **kw):
+        scored.append({k: v.clone() for k, v in net.state_dict().items()})
+        return real(net, *a, **kw)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     more = ["--method", "none", "--ema", "0.75", "--max-iters", "3", "--save-every", "0"]
-    run(folder, tmp_path / "out", *more)
+    run(folder, tmp_path / "out", *more, "--eval-every", "2")
     for name, got in weights(tmp_path / "out").items():
         if got.is_floating_point():
             a, b, c = (s[name] for s in steps)
             assert torch.allclose(got, 0.75 * (0.75 * a + 0.25 * b) + 0.25 * c, atol=1e-6), name
+            assert torch.allclose(scored[0][name], 0.75 * a + 0.25 * b, atol=1e-6), name
 
 
 def log_of(out):
@@ -401,6 +409,22 @@ def test_resume_to_the_same_bits(folder, tmp_path, stage, step):
         assert same(weights(tmp_path / "whole", name), weights(tmp_path / "parts", name)), name
     logs = [log_of(tmp_path / out) for out in ("whole", "parts")]
     assert [r for r in logs[0] if r[2] is not None] == [r for r in logs[1] if r[2] is not None]
+
+
+def test_resume_in_parts_of_a_batch(folder, tmp_path):
+    more = ["--method", "none", "--accumulate", "2", "--save-every", "0"]
+    run(folder, tmp_path / "whole", *more)
+    with crash("student", 3):
+        run(folder, tmp_path / "parts", *more)
+    run(folder, tmp_path / "parts", *more, "--resume")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_a_line_counts_all_parts_of_a_batch(folder, tmp_path, monkeypatch):
+    sizes, real = [], loop.Watch
+    monkeypatch.setattr(loop, "Watch", lambda *a: sizes.append(a[3]) or real(*a))
+    run(folder, tmp_path / "out", "--method", "none", "--accumulate", "2", "--max-iters", "1")
+    assert sizes == [4]
 
 
 def test_killed_after_its_last_score(folder, tmp_path):
@@ -574,7 +598,7 @@ MISTAKES = {
     "nothing of transkd": (
         ["--feature-weight", "0", "--embed-weight", "0"],
         None,
-        "--feature-weight 0 --embed-weight 0: there is nothing",
+        "feature maps and embeddings both left out: there is nothing",
     ),
     "no label": ([], lambda d: (d / "labels/p1.png").unlink(), "1 of 6 have no label: p1"),
     "no image": ([], lambda d: (d / "images/p7.png").unlink(), "1 of 3 have no image: p7"),
