@@ -181,6 +181,10 @@ def is_cached(folder, split, title, cache_gb):
         )
         return False
     build_cache(folder, split, title)
+    alike = folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*")
+    others = [other.name for other in alike if other != folder and other.suffix == ""]
+    if others:
+        print(f"  beside it, of other files or settings: {some(others, 2)}")
     return True
 
 
@@ -251,10 +255,6 @@ def build_cache(folder, split, title):
         try:
             os.rename(tmp, folder)
             print(f"cache {title}: {len(split)} images in {folder}", flush=True)
-            alike = folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*")
-            others = [other.name for other in alike if other != folder and other.suffix == ""]
-            if others:
-                print(f"  beside it, of other files or settings: {some(others, 2)}")
         except OSError:
             if not folder.is_dir():  # if it is, another process was faster: use its result
                 raise

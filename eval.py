@@ -309,8 +309,7 @@ def label_photos(net, facts, args, views):
             unread.append(e)
             print(f"{k + 1}/{len(paths)} {e}")
             continue
-        short_side = args.short_side or facts["resize"] or facts["short_side"]
-        x = prepare(image, facts, short_side).to(args.device)
+        x = prepare(image, facts, args.short_side or model.photo_side(facts)).to(args.device)
         with autocast(args.device, args.dtype):
             ids = predict(net, x, image.shape[:2], **views).argmax(dim=1)[0]
         ids = ids.to(torch.uint8).cpu().numpy()

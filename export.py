@@ -110,11 +110,6 @@ def hf_state(state):
     return out
 
 
-def side_of(facts):
-    """The shorter side to which photos are resized, as by `eval.py --image`; None if not known."""
-    return facts["resize"] or facts["short_side"]
-
-
 def hf_configs(net, facts, mean_std):
     """What goes into config.json and into preprocessor_config.json."""
     dims, heads, depths, _ = model.MODELS[net.name]
@@ -140,7 +135,7 @@ def hf_configs(net, facts, mean_std):
     config[weights.FORMAT] = {k: v for k, v in facts.items() if v is not None}  # for our own load
     processor = dict(
         image_processor_type="SegformerImageProcessor",
-        do_resize=bool(side_of(facts)),
+        do_resize=bool(model.photo_side(facts)),
         resample=2,  # bilinear, as in eval.prepare
         do_rescale=True,
         rescale_factor=1 / 255,
@@ -149,8 +144,10 @@ def hf_configs(net, facts, mean_std):
         image_std=mean_std[1],
         do_reduce_labels=False,
     )
-    if side_of(facts):
-        processor["size"] = dict(shortest_edge=side_of(facts))  # 4.x: with use_fast=True only
+    if model.photo_side(facts):
+        processor["size"] = dict(
+            shortest_edge=model.photo_side(facts)
+        )  # 4.x: with use_fast=True only
     return config, processor
 
 
@@ -242,7 +239,7 @@ def trace(net, mean_std):
 def about(facts):
     """What the user of a graph has to know, as JSON strings by name."""
     known = {name: facts[name] for name in ("classes", "palette", "mean", "std")}
-    known["short_side"] = side_of(facts)
+    known["short_side"] = model.photo_side(facts)
     return {name: json.dumps(value) for name, value in known.items() if value is not None}
 
 
@@ -357,9 +354,9 @@ def main(args):
         sizes = {path.name: path.stat().st_size / 1e6 for path in sorted(tmp.iterdir())}
     print(f"{out}: {', '.join(sizes)}, {sum(sizes.values()):.2f} MB")
     print(said)
-    if side_of(facts):
+    if model.photo_side(facts):
         how_to = "its image processor resizes photos" if args.to == "hf" else "resize photos"
-        print(f"{how_to} to a shorter side of {side_of(facts)} pixels, as in training")
+        print(f"{how_to} to a shorter side of {model.photo_side(facts)} pixels, as in training")
     print(f"open it with {how.format(out)}")
 
 

@@ -90,18 +90,26 @@ class Progress:
 
 
 @contextlib.contextmanager
+def writing(path):
+    """An OSError within is a UserError that names `path`: that of a full disk names no file."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left on the device that holds {path}") from e
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+@contextlib.contextmanager
 def atomic(path):
     """Yield a temporary path beside `path` and rename it there at the end: whole file or none."""
     path = os.fspath(path)
     tmp = f"{path}.tmp{os.getpid()}"
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        yield tmp
-        os.replace(tmp, path)
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left on the device that holds {path}") from e
-        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+        with writing(path):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            yield tmp
+            os.replace(tmp, path)
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)

@@ -58,11 +58,8 @@ class Run:
     def log(self, **record):
         if self.rank == 0:
             path = self.out / "log.jsonl"
-            try:
-                with open(path, "a") as f:
-                    f.write(json.dumps(record) + "\n")
-            except OSError as e:  # that of a full disk names no file
-                raise UserError(f"cannot write {path}: {e.strerror or e}") from e
+            with files.writing(path), open(path, "a") as f:
+                f.write(json.dumps(record) + "\n")
 
 
 def start(args, batch_sizes, results):

@@ -333,6 +333,11 @@ def load(source):
     return net.eval(), known | {k: v for k, v in facts.items() if v is not None}
 
 
+def photo_side(facts):
+    """The shorter side to which photos are resized for a net; None if it does not say."""
+    return facts["resize"] or facts["short_side"]
+
+
 def recognise(source, state, facts):
     """(name in NAMES, number of classes, head width) by the names and shapes of the tensors."""
     if "backbone.layer1.0.conv1.weight" in state:
@@ -380,7 +385,7 @@ def load_weights(net, source):
     state, _ = weights.read(source)
     ours = net.state_dict()
     fits = {k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}
-    check_encoder(net, source, state, fits)
+    check_encoder(net.name, source, state, ours, fits)
     net.load_state_dict(fits, strict=False)
     print(f"{source}: loaded {len(fits)} of {len(ours)} tensors")
     odd = [k for k in state if k in ours and k not in fits]
@@ -399,23 +404,26 @@ def load_weights(net, source):
         print(f"  warning: its head has {words}: not loaded")
 
 
-def check_encoder(net, source, state, fits):
-    """UserError unless the encoder of `state` is that of `net`, into which `fits` of it goes."""
-    names = (k for k in net.state_dict() if k.startswith(("encoder.", "backbone.")))
-    ours = [k for k in names if not k.endswith("num_batches_tracked")]
-    lacking = [k for k in ours if k not in fits]
-    deeper = [k for k in state if ".blocks." in k or k.startswith("backbone.layer")]
-    deeper = [k for k in deeper if k not in net.state_dict()]
+def check_encoder(name, source, state, ours, fits):
+    """UserError unless the encoder of `state` is ours, that of a net called `name`.
+
+    ours, fits: the net's own state dict, and what of `state` goes into it.
+    """
+    encoder = [k for k in ours if k.startswith(("encoder.", "backbone."))]
+    encoder = [k for k in encoder if not k.endswith("num_batches_tracked")]
+    lacking = [k for k in encoder if k not in fits]
+    blocks = (k for k in state if ".blocks." in k or k.startswith("backbone.layer"))
+    deeper = [k for k in blocks if k not in ours]
     if not (lacking or deeper):
         return
     theirs = "a ResNet"
     if "backbone.layer1.0.conv1.weight" not in state:
         shape = encoder_shape(state)
-        known = [name for name, (dims, _, depths, _) in MODELS.items() if (dims, depths) == shape]
+        known = [known for known, (dims, _, depths, _) in MODELS.items() if (dims, depths) == shape]
         theirs = " or ".join(known) or "channels {}, depths {}".format(*shape)
-    how = f"of {len(ours)} tensors missing or of another shape"
+    how = f"of {len(encoder)} tensors missing or of another shape"
     how = listed(lacking, how) or listed(deeper, "tensors too many")
-    raise UserError(f"{source}: not the encoder of a {net.name}, but {theirs}: {how}")
+    raise UserError(f"{source}: not the encoder of a {name}, but {theirs}: {how}")
 
 
 def listed(names, what):

@@ -110,7 +110,9 @@ def get_args(argv=None):
     )
     p.add_argument("--alone", action=yes_or_no, help="also train the student by itself")
     p.add_argument(
-        "--student-images", type=int, help="only N of the training images (of scenes 20)"
+        "--student-images",
+        type=int,
+        help="only N of the training images (default: all; of scenes 20)",
     )
     p.add_argument(
         "--student-labels",
@@ -140,7 +142,7 @@ def get_args(argv=None):
 def add_training_flags(p):
     """How long and how fast a net learns, and from what its images are made."""
     p.add_argument("--max-iters", type=int, help="steps of each training")
-    p.add_argument("--teacher-iters", type=int, help="of the teacher's (default: the same)")
+    p.add_argument("--teacher-iters", type=int, help="of the teacher's (default: as many)")
     p.add_argument("--batch-size", type=int, help="images a step, of all processes together")
     p.add_argument("--teacher-batch-size", type=int, help="likewise, for the teacher")
     p.add_argument(

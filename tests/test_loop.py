@@ -179,3 +179,9 @@ def test_what_is_clipped_are_the_gradients_and_not_the_scaled_ones():
     scaler.scale(net(x).square().sum()).backward()
     update(net, optimizer, scaler, 0.5 * g.norm().item())
     assert torch.allclose(flat(net.parameters()), start - 0.5 * g, atol=1e-5)
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(UserError, match="cannot write .*log.jsonl: Is a directory"):
+        a_watch(tmp_path).run.log(step=1)
