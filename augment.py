@@ -161,7 +161,9 @@ def resample(batch):
 
 def normalise(images, mean, std):
     """(B, 3, H, W) in [0, 1] -> what the net was trained on."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    mean, std = (  # made on the host: a copy that blocks would wait for all that a GPU has to do
+        torch.tensor(v).to(images.device, non_blocking=True).view(1, 3, 1, 1) for v in (mean, std)
+    )
     return (images - mean) / std
 
 

@@ -43,7 +43,8 @@ def mean_count(labels, class_weights, device):
     --accumulate add up to the batch, however unequal the labels that they have. (Cross-entropy
     only: batch norms, and terms of methods that look at labels, go by part.)
     """
-    counts = [distill.label_weights(y.to(device), class_weights).sum() for y in labels]
+    labels = [y.to(device, non_blocking=True) for y in labels]
+    counts = [distill.label_weights(y, class_weights).sum() for y in labels]
     return distill.valid_count(torch.stack(counts) / len(counts))
 
 
@@ -57,14 +58,13 @@ class Teacher(nn.Module):
         super().__init__()
         self.net, self.void, self.needs_head = net, facts["void"], needs_head
         own = facts["mean"], facts["std"]
-        self.renormalise = None if (mean, std) == own else (mean, std, *own)
+        back = [-m / s for m, s in zip(mean, std)], [1 / s for s in std]  # to [0, 1]
+        self.renormalise = [] if (mean, std) == own else [back, own]
 
     @torch.no_grad()
     def forward(self, images):
-        if self.renormalise:
-            mean, std, own_mean, own_std = self.renormalise
-            mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
-            images = augment.normalise(images * std + mean, own_mean, own_std)  # by way of [0, 1]
+        for mean_std in self.renormalise:
+            images = augment.normalise(images, *mean_std)
         out = self.net(images, head=self.needs_head)
         if self.needs_head and self.void is not None:  # an output that is none of the classes
             out = out._replace(logits=out.logits[:, : self.void])

@@ -1,0 +1,139 @@
+"""
+A GPU that torch only pretends to have: tensors without numbers, which know where they lie.
+
+So no result is tested here, but what goes wrong on a GPU alone: tensors on two devices, types that
+autocast changes, and steps in which the host waits for the device.
+"""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import augment
+import classifiers
+import methods
+import model
+import photos
+import pretrain
+from step import Learner, Teacher, mean_count
+
+GPU = torch.device("cuda", 0)
+MINE = (model.IMAGENET_MEAN, model.IMAGENET_STD)
+
+
+def can_pretend():
+    """Whether this build of torch goes without a driver: 2.6 asks for one as soon as it indexes."""
+    try:
+        with FakeTensorMode():
+            torch.zeros(2, device=GPU)[:, None]
+        return True
+    except (RuntimeError, AssertionError):
+        return False
+
+
+pytestmark = pytest.mark.skipif(not can_pretend(), reason="torch pretends no GPU here")
+
+
+class Waits(TorchDispatchMode):
+    """Notes copies between host and device that block. (To ask for a number is an error anyway.)"""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x)}
+        if len(devices) > 1 and not (kwargs or {}).get("non_blocking"):
+            self.found.append(func)
+        return out
+
+
+def to_gpu(mode, *modules):
+    """Copies of modules whose tensors lie on the pretended GPU. (Module.to refuses such.)"""
+    with FakeCopyMode(mode):
+        copies = copy.deepcopy(modules)
+    with mode:
+        for module in [m for each in copies for m in each.modules()]:
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = torch.nn.Parameter(p.detach().to(GPU))
+            for name, b in module._buffers.items():
+                if b is not None:
+                    module._buffers[name] = b.to(GPU)
+    return copies
+
+
+@contextlib.contextmanager
+def autocast(dtype):
+    """torch.autocast, which refuses a GPU that is not there."""
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or torch.bfloat16)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+
+
+def check(terms):
+    for name, term in terms.items():
+        assert (term.device, term.dtype, term.shape) == (GPU, torch.float32, ()), name
+
+
+def host_batch(B=4, H=64, W=96):
+    """A batch as it travels, see augment.host_batch and photos.host_batch."""
+    places = dict(y=torch.zeros(B, H), x=torch.zeros(B, W), colour=torch.zeros(B, 3, 4))
+    image = torch.zeros(B, H + 3, W + 5, 3, dtype=torch.uint8)
+    return places | dict(image=image)
+
+
+@pytest.mark.parametrize(
+    "spec, dtype",
+    [(spec, torch.bfloat16) for spec in [*methods.METHODS, "transkd-base+kd"]]
+    + [("transkd-base", torch.float16), ("transkd-base", None)],
+)
+def test_a_step_lies_on_the_gpu_in_float32_terms_and_waits_for_nothing(spec, dtype):
+    teacher, student = model.build("b0", 6), model.build("nano", 5)
+    learner = Learner(student, methods.build(spec, student, teacher), torch.rand(5)).train()
+    mode = FakeTensorMode()
+    teacher, learner = to_gpu(mode, teacher.eval(), learner)
+    facts = dict(mean=[0.0] * 3, std=[1.0] * 3, void=5)  # another normalisation, an output too many
+    look = Teacher(teacher, facts, *MINE, learner.method.needs_head)
+    with mode, Waits() as waits, autocast(dtype):
+        inside = dict(y_inside=torch.ones(4, 64).bool(), x_inside=torch.ones(4, 96).bool())
+        batch = host_batch() | inside | dict(label=torch.zeros(4, 64, 96, dtype=torch.uint8))
+        images, labels = augment.device_batch(batch, GPU, *MINE)
+        count = mean_count([batch["label"]] * 2, learner.class_weights, GPU)
+        seen = look(images) if learner.method.needs_teacher else None
+        check(learner(images, labels, seen, count))
+    assert not waits.found
+
+
+@pytest.mark.parametrize("method", [name for name in pretrain.WEIGHTS if name != "none"])
+@pytest.mark.parametrize("nets", [("b0", "nano"), ("vit_small", "vit_tiny")])
+def test_likewise_between_classifiers(nets, method):
+    teacher, student = (classifiers.build(name, 5, 32) for name in nets)
+    args = pretrain.get_args(["--data-dir", "", "--model", nets[1], "--method", method])
+    learner = pretrain.Learner(student, pretrain.build_method(args, student, teacher), 1.0, 0.1)
+    mode = FakeTensorMode()
+    teacher, learner = to_gpu(mode, teacher.eval(), learner.train())
+    look = Teacher(
+        teacher, dict(mean=MINE[0], std=MINE[1], void=None), *MINE, learner.method.needs_head
+    )
+    with mode, Waits() as waits, autocast(torch.bfloat16):
+        mix = dict(box=torch.zeros(4, 4).long(), share=torch.ones(4))
+        batch = host_batch(4, 32, 32) | mix | dict(label=torch.zeros(4).long())
+        images, targets = photos.device_batch(batch, GPU, 5, mixed=True)
+        check(learner(images, targets, look(images)))
+    assert not waits.found
+
+
+def test_what_would_wait_is_found():
+    with FakeTensorMode(), Waits() as waits:
+        torch.zeros(3).to(GPU, non_blocking=True)
+        assert not waits.found
+        torch.zeros(3).to(GPU)
+        assert len(waits.found) == 1
