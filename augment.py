@@ -1,10 +1,10 @@
 """
 Training batches: random windows of the decoded images, cut on the host, resampled on the device.
 
-A batch travels as the source pixels it needs, and as the places to look in them. Scale, crop, flip
-and colour then run for the whole batch at once on the device; image and label look at the same
-places. All that is random about an image comes from the seed and the image's place in the endless
-stream of shuffled epochs: batches are the same however many processes or workers make them.
+A batch travels as the source pixels it needs, the places to look in them, and labels that are done,
+of the same places. Scale, crop, flip and colour then run for all images at once on the device. All
+that is random about an image comes from the seed and the image's place in the endless stream of
+shuffled epochs: batches are the same however many processes or workers make them.
 """
 
 import dataclasses

@@ -40,7 +40,7 @@ class Classifier(nn.Module):
 
 
 class ViT(VisionTransformer):
-    """torchvision's, for images of one size; patch: pixels along a patch's side.
+    """torchvision's, first weights included, for images of one size; patch: pixels along its side.
 
     features are the tokens that BLOCKS put out, as maps (B, width, size / patch, size / patch),
     without the class token.

@@ -209,7 +209,7 @@ def evaluate(
         labels = [split.label(i) for i in indices]
         x = torch.cat([prepare(image, facts, short_side) for image in images])
         if protocol == "paper":
-            quarter = tuple(int(n / 4 + 0.5) for n in x.shape[2:])
+            quarter = tuple(-(-n // 4) for n in x.shape[2:])
             labels = [nearest(label, quarter) for label in labels]
         y = torch.from_numpy(np.stack(labels)).to(device)
         with autocast(device, dtype):
@@ -309,7 +309,7 @@ def label_photos(net, facts, args, views):
             unread.append(e)
             print(f"{k + 1}/{len(paths)} {e}")
             continue
-        x = prepare(image, facts, args.short_side or model.photo_side(facts)).to(args.device)
+        x = prepare(image, facts, model.photo_side(facts)).to(args.device)
         with autocast(args.device, args.dtype):
             ids = predict(net, x, image.shape[:2], **views).argmax(dim=1)[0]
         ids = ids.to(torch.uint8).cpu().numpy()
@@ -379,8 +379,13 @@ def get_args(argv=None):
     # or what to label
     p.add_argument("--image", help="a photo, or a folder of them")
     p.add_argument("--out-dir", help="where its mask, overlay and ids go")
-    p.add_argument("--short-side", type=int, help="resize photos to this (default: as in training)")
     # how
+    p.add_argument(
+        "--short-side",
+        type=int,
+        help="resize images to this (default: photos as in training, images to score if training "
+        "was at one size)",
+    )
     p.add_argument(
         "--scales", type=float, nargs="+", default=[1.0], help="average over these sizes"
     )
@@ -416,8 +421,8 @@ def main(args):
         raise UserError(f"--stride {args.stride}: 1 to --window, or there would be gaps")
     if not all(0 < s <= 16 for s in args.scales) or args.batch_size < 1:
         raise UserError("--scales must be above 0 and up to 16, --batch-size at least 1")
-    if args.short_side is not None and (args.short_side < 32 or not args.image):
-        raise UserError("--short-side goes with --image, and is at least 32")
+    if args.short_side is not None and (args.short_side < 32 or args.protocol == "paper"):
+        raise UserError("--short-side: at least 32, and 512 with --protocol paper by itself")
     if args.out_dir and not args.image:
         raise UserError("--out-dir goes with --image; --save-preds writes what is scored")
     if args.save_preds and args.protocol == "paper":
@@ -432,6 +437,7 @@ def main(args):
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         net, facts = model.load(args.ckpt)
         net.to(args.device)
+        facts["resize"] = args.short_side or facts["resize"]
         if not args.dtype:
             known = parallel.has_native(args.device, facts["dtype"])
             args.dtype = facts["dtype"] if known else "float32"

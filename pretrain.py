@@ -111,7 +111,7 @@ def get_args(argv=None):
     )
     p.add_argument("--warmup", type=float, default=0.05, help="share of the steps it rises in")
     p.add_argument("--decay", choices=("cosine", "linear"), default="cosine", help="of the rate")
-    p.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices only")
+    p.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW, not on vectors")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
     p.add_argument(
         "--label-smoothing",

@@ -155,7 +155,7 @@ def add_training_flags(p):
         help=f"likewise, for the teacher (default: --lr; from weights {FINE_TUNING_LR} at most)",
     )
     p.add_argument("--warmup", type=float, help="share of the steps in which the rate rises")
-    p.add_argument("--weight-decay", type=float, help="of AdamW, on matrices")
+    p.add_argument("--weight-decay", type=float, help="of AdamW, not on vectors")
     p.add_argument("--clip", type=float, help="largest gradient norm; 0: no clipping")
     p.add_argument(
         "--ema",

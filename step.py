@@ -88,7 +88,7 @@ def learning_rate(step, peak, total, warmup=0.0, decay="linear", paper_epoch=Non
 
 
 def parameter_groups(module, weight_decay, everything=False):
-    """Weight decay on matrices only (not norms, biases, scalars), or on everything (the paper)."""
+    """Weight decay but on vectors (norms, biases, scalars), or on everything (the paper)."""
     params = list(module.parameters())
     if everything:
         return [dict(params=params, weight_decay=weight_decay)]

@@ -270,9 +270,10 @@ def folder_facts(folder):
             for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
                 facts[ours] = [float(v) for v in inputs.get(theirs) or ()] or None
         size = inputs.get("size") if inputs.get("do_resize", True) else None
-        facts["resize"] = size and int(min(size.values()) if isinstance(size, dict) else size)
+        # for photos; scores need not be at this size, those of Cityscapes are at the files' own
+        facts["short_side"] = size and int(min(size.values()) if isinstance(size, dict) else size)
         if FORMAT in config:  # what export.py wrote
-            facts |= dict(resize=None) | config[FORMAT]  # its processor resizes photos, not scores
+            facts |= dict(short_side=None) | config[FORMAT]
     except (TypeError, ValueError, KeyError, AttributeError) as e:
         words = f"{type(e).__name__}: {e}"
         raise UserError(f"{folder}: its config files are not as they should be ({words})") from e

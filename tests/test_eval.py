@@ -183,9 +183,10 @@ def test_evaluate_scores_each_image_once_whatever_its_size():
     assert got == evaluation.evaluate(Brightness(), pairs, facts, batch_size=1)
 
 
-def test_paper_protocol_scores_a_quarter_of_a_shorter_side_of_512():
-    image, label = halves(100, 160)
-    sizes = []
+def test_paper_protocol_scores_a_quarter_of_a_shorter_side_of_512(monkeypatch):
+    image, label = halves(100, 151)  # resized to 773 columns, one more than 4 times 193
+    sizes, shrink = [], evaluation.nearest
+    monkeypatch.setattr(evaluation, "nearest", lambda y, n: sizes.append(n) or shrink(y, n))
 
     class Net(Brightness):
         def forward(self, x, head=True):
@@ -194,9 +195,9 @@ def test_paper_protocol_scores_a_quarter_of_a_shorter_side_of_512():
 
     facts = FACTS | dict(classes=["a", "b"])
     got = evaluation.evaluate(Net(), Pairs([(image, label)]), facts, protocol="paper")
-    assert sizes == [(512, 819)] and got["miou"] > 0.98
-    assert evaluation.nearest(label, (128, 205)).shape == (128, 205)
-    assert set(np.unique(evaluation.nearest(label, (128, 205)))) == {0, 1}
+    assert sizes == [(128, 194), (512, 773)] and got["miou"] > 0.98  # logits are as large
+    assert shrink(label, (128, 194)).shape == (128, 194)
+    assert set(np.unique(shrink(label, (128, 194)))) == {0, 1}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -253,7 +254,8 @@ def test_json_is_one_object_and_nothing_else(monkeypatch, capsys, folder, ckpt):
         (["--stride", "64"], "--stride 64: 1 to --window"),
         (["--scales", "0"], "--scales must be above 0"),
         (["--scales", "nan"], "--scales must be above 0"),
-        (["--short-side", "64"], "--short-side goes with --image"),
+        (["--short-side", "31"], "--short-side: at least 32"),
+        (["--short-side", "64", "--protocol", "paper"], "512 with --protocol paper by itself"),
         (["--split", "tests"], "folder has no split 'tests': choose train, val"),
         (["--device", "abacus"], "--device abacus: "),
         (["--out-dir", "somewhere"], "--out-dir goes with --image"),
@@ -456,3 +458,13 @@ def test_scores_are_of_resized_images_where_the_net_wants_them(monkeypatch):
     how = FACTS | dict(classes=["dark", "bright"], resize=64)
     evaluation.evaluate(net, Pairs([(image, np.ones((40, 40), np.uint8))]), how)
     assert sizes == [(64, 64)]
+
+
+def test_scores_are_of_resized_images_if_asked_for(monkeypatch, folder, ckpt):
+    sides, prepare = [], evaluation.prepare
+    monkeypatch.setattr(
+        evaluation, "prepare", lambda x, facts, side: sides.append(side) or prepare(x, facts, side)
+    )
+    run(monkeypatch, "--ckpt", ckpt, "--data-dir", folder)
+    run(monkeypatch, "--ckpt", ckpt, "--data-dir", folder, "--short-side", "96")
+    assert sides == 3 * [None] + 3 * [96]

@@ -243,7 +243,8 @@ def test_preprocessor_and_config_are_obeyed(tmp_path):
     config = dict(image_mean=[0.5] * 3, image_std=[0.25] * 3, size=size, do_resize=True)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     _, facts = model.load(tmp_path)
-    assert (facts["mean"], facts["std"], facts["resize"]) == ([0.5] * 3, [0.25] * 3, 512)
+    assert (facts["mean"], facts["std"]) == ([0.5] * 3, [0.25] * 3)
+    assert (facts["resize"], facts["short_side"]) == (None, 512)  # photos are resized, scores not
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | dict(num_attention_heads=[1] * 4)))
     with pytest.raises(UserError, match=r"heads \(1, 1, 1, 1\)"):
