@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from distill import conv_bn, cwd, hcl, refuse_idle, to_grid, valid_mean
+from distill import conv_bn, cwd, hcl, to_grid, valid_mean
 from manifold import gram_difference
 from model import to_tokens
 from nets import full_precision
@@ -139,7 +139,6 @@ class ChannelWise(nn.Module):
     ):
         super().__init__()
         self.weights, self.T = (cwd_feature_weight, cwd_logit_weight), cwd_temperature
-        refuse_idle("cwd", (not any(self.weights), "--cwd-feature-weight 0 --cwd-logit-weight 0"))
         self.project = nn.Identity()
         if cwd_feature_weight and widths[0] != widths[1]:
             self.project = nn.Conv2d(*widths, 1, bias=False)
@@ -262,7 +261,6 @@ class DoubleSimilarity(nn.Module):
     ):
         super().__init__()
         self.weights = (dsd_psd_weight, dsd_csd_weight)
-        refuse_idle("dsd", (not any(self.weights), "--dsd-psd-weight 0 --dsd-csd-weight 0"))
 
     def forward(self, student, teacher, images, labels):
         psd, csd = self.weights
@@ -351,15 +349,6 @@ class CIRKD(nn.Module):
         batch, pixels, regions = cirkd_batch_weight, cirkd_pixel_weight, cirkd_region_weight
         queue = dict(pixels=cirkd_pixel_queue, regions=cirkd_region_queue)
         contrast = dict(pixels=cirkd_pixel_contrast, regions=cirkd_region_contrast)
-        refuse_idle(
-            "cirkd",
-            (not (batch or pixels or regions), "all three weights 0"),
-            (not batch and cirkd_pool != 2, "--cirkd-pool"),
-            (not pixels and queue["pixels"] != 2000, "--cirkd-pixel-queue"),
-            (not pixels and contrast["pixels"] != 4096, "--cirkd-pixel-contrast"),
-            (not regions and queue["regions"] != 2000, "--cirkd-region-queue"),
-            (not regions and contrast["regions"] != 1024, "--cirkd-region-contrast"),
-        )
         self.weights = dict(batch=batch, pixels=pixels, regions=regions)
         self.pool, self.classes, self.contrast = cirkd_pool, classes, contrast
         self.memories = [name for name in queue if self.weights[name]]

@@ -293,13 +293,6 @@ class PatchEmbeddingAlignment(nn.Module):
 # the methods
 
 
-def refuse_idle(method, *checks):
-    """checks: (whether an option changes nothing here, its flag). UserError for the first idle."""
-    for idle, flag in checks:
-        if idle:
-            raise UserError(f"{method}, {flag}: there is nothing for it to act on")
-
-
 class NoDistillation(nn.Module):
     """The student alone: no terms, no parameters, no teacher."""
 
@@ -344,8 +337,7 @@ class TransKD(nn.Module):
         self.feature_weight, self.embed_weight = feature_weight, embed_weight
         stages = EMBED_STAGES[embed] if embed_weight else ()
         no_maps, no_tokens, no_mixer = not self.feature_loss, not stages, variant != "gl"
-        refuse_idle(
-            f"transkd-{variant}",
+        for idle, what in (
             (no_maps and no_tokens, "feature maps and embeddings both left out"),
             (no_maps and csf_norm != "none", "--csf-norm"),
             (feature_loss == "none" and feature_weight != 1, "--feature-weight"),
@@ -353,7 +345,9 @@ class TransKD(nn.Module):
             (no_mixer and (gl_init != 0.5 or gl_residual), "--gl-init or --gl-residual"),
             (variant == "gl" and 3 not in stages, "no embeddings of stage 4, and their mixer"),
             (variant == "ea" and no_tokens, "no embeddings, and their Embedding Assistant"),
-        )
+        ):
+            if idle:
+                raise UserError(f"transkd-{variant}, {what}: there is nothing for it to act on")
         if stages and not has_embeddings:
             raise UserError(
                 f"transkd-{variant}: a CNN teacher has no patch embeddings to align with; "

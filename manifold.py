@@ -89,10 +89,6 @@ class Manifold(nn.Module):
         if len(set(manifold_stages)) < len(manifold_stages):
             raise UserError("--manifold-stages names one stage twice")
         self.weights = manifold_patch_weight, manifold_sample_weight, manifold_random_weight
-        if not any(self.weights):
-            raise UserError("manifold, all three weights 0: there is nothing to learn from")
-        if not manifold_random_weight and manifold_rows != 192:
-            raise UserError("manifold, --manifold-rows: the random term has weight 0")
         self.stages, self.rows = tuple(manifold_stages), manifold_rows
 
     def forward(self, student, teacher, images, labels):

@@ -34,7 +34,6 @@ PAPERS = {
 }
 
 WEIGHT = (float, 0, 1e9)
-ONLY_WEIGHT = (float, 1e-9, 1e9)  # of a method with a single term
 COUNT = (int, 1, 10**9)
 # flag: (its choices, or its type and range), what it does; not given, a method's own default holds
 FLAGS = {
@@ -91,20 +90,20 @@ FLAGS = {
         str,
         "file with CLIP's visual.attnpool tensors; without it there is no linguistic term",
     ),
-    "kd_weight": (ONLY_WEIGHT, "weight of the soft labels' term (default 1)"),
+    "kd_weight": (WEIGHT, "weight of the soft labels' term (default 1)"),
     "temperature": ((float, 1e-3, 1e3), "of kd's softmax: higher, softer (default 1)"),
-    "fitnet_weight": (ONLY_WEIGHT, "weight of fitnet's term (default 10)"),
+    "fitnet_weight": (WEIGHT, "weight of fitnet's term (default 10)"),
     "fitnet_layer": (
         ("decoded", "1", "2", "3", "4"),
         "which maps it compares: the decoded ones, or a stage's (default decoded)",
     ),
-    "at_weight": (ONLY_WEIGHT, "weight of at's term (default 10000)"),
+    "at_weight": (WEIGHT, "weight of at's term (default 10000)"),
     "cwd_feature_weight": (WEIGHT, "weight of cwd's term of the decoded maps (default 5)"),
     "cwd_logit_weight": (WEIGHT, "weight of cwd's term of the logits (default 0.3)"),
     "cwd_temperature": ((float, 1e-3, 1e3), "of cwd's softmax over positions (default 4)"),
-    "review_weight": (ONLY_WEIGHT, "weight of review's term (default 1)"),
-    "skd_weight": (ONLY_WEIGHT, "weight of skd's pair-wise term (default 10)"),
-    "ifvd_weight": (ONLY_WEIGHT, "weight of ifvd's term (default 20)"),
+    "review_weight": (WEIGHT, "weight of review's term (default 1)"),
+    "skd_weight": (WEIGHT, "weight of skd's pair-wise term (default 10)"),
+    "ifvd_weight": (WEIGHT, "weight of ifvd's term (default 20)"),
     "dsd_psd_weight": (WEIGHT, "weight of dsd's pixel-wise term (default 1000)"),
     "dsd_csd_weight": (WEIGHT, "weight of dsd's category-wise term (default 10)"),
     "cirkd_batch_weight": (WEIGHT, "weight of cirkd's term within the batch (default 1)"),
@@ -124,6 +123,18 @@ FLAGS = {
         COUNT,
         "how many remembered regions a step compares with (default 1024)",
     ),
+}
+# option: the weight of the term that it belongs to
+ACTS_BY = {
+    "tat_patch": "tat_patch_weight",
+    "tat_group": "tat_patch_weight",
+    "tat_anchors": "tat_anchor_weight",
+    "manifold_rows": "manifold_random_weight",
+    "cirkd_pool": "cirkd_batch_weight",
+    "cirkd_pixel_queue": "cirkd_pixel_weight",
+    "cirkd_pixel_contrast": "cirkd_pixel_weight",
+    "cirkd_region_queue": "cirkd_region_weight",
+    "cirkd_region_contrast": "cirkd_region_weight",
 }
 
 
@@ -209,6 +220,12 @@ def build_method(
             if not hasattr(built[name], said):
                 raise UserError(f"method '{name}' does not say {said}: set it to True or False")
         taken |= mine
+        weights = [k for k in known if k.endswith("_weight")]
+        if weights and all(options.get(k) == 0 for k in weights):
+            raise UserError(f"{name}: {', '.join(map(as_flag, weights))} 0: nothing to learn from")
+    for option, weight in ACTS_BY.items():
+        if option in options and options.get(weight) == 0:
+            raise UserError(f"{as_flag(option)} has no effect with {as_flag(weight)} 0")
     for option in options.keys() - taken:
         raise UserError(f"{as_flag(option)} has no effect on --method {spec}")
     return built[names[0]] if len(names) == 1 else Together(built)

@@ -23,7 +23,7 @@ An image classifier's last map is small enough for the whole: WholeTaT, for pret
 import torch.nn.functional as F
 from torch import nn
 
-from distill import conv_bn, refuse_idle, to_grid
+from distill import conv_bn, to_grid
 from model import to_tokens
 from nets import full_precision
 
@@ -112,13 +112,6 @@ class TaT(nn.Module):
         tat_anchor_weight=0.64,
     ):
         super().__init__()
-        refuse_idle(
-            "tat",
-            (not tat_patch_weight and not tat_anchor_weight, "both weights 0"),
-            (not tat_patch_weight and tat_patch != 8, "--tat-patch"),
-            (not tat_patch_weight and tat_group != 4, "--tat-group"),
-            (not tat_anchor_weight and tat_anchors != 32, "--tat-anchors"),
-        )
         self.axis, self.patch, self.group = tat_axis, tat_patch, tat_group
         self.anchors = tat_anchors
         self.patch_weight, self.anchor_weight = tat_patch_weight, tat_anchor_weight

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from conftest import Largest
 
 import baselines
-import files
 import model
 from methods import build_method
 
@@ -751,26 +750,3 @@ def test_a_part_left_out_costs_nothing():
     pixels, regions = dict(cirkd_pixel_weight=0), dict(cirkd_region_weight=0)
     assert numbers("cirkd", **pixels, **regions) == 0
     assert numbers("cirkd", **pixels) == numbers("cirkd") - (2000 * WIDTHS[1] + 1) * K
-
-
-@pytest.mark.parametrize(
-    "name, options, words",
-    [
-        ("cwd", dict(cwd_feature_weight=0, cwd_logit_weight=0), "--cwd-feature-weight 0 --cwd-log"),
-        ("dsd", dict(dsd_psd_weight=0, dsd_csd_weight=0), "--dsd-psd-weight 0 --dsd-csd-weight 0"),
-        (
-            "cirkd",
-            dict.fromkeys(["cirkd_batch_weight", "cirkd_pixel_weight", "cirkd_region_weight"], 0),
-            "all three weights 0",
-        ),
-        ("cirkd", dict(cirkd_batch_weight=0, cirkd_pool=4), "--cirkd-pool: there is nothing"),
-        ("cirkd", dict(cirkd_pixel_weight=0, cirkd_pixel_queue=9), "--cirkd-pixel-queue"),
-        ("cirkd", dict(cirkd_pixel_weight=0, cirkd_pixel_contrast=9), "--cirkd-pixel-contrast"),
-        ("cirkd", dict(cirkd_region_weight=0, cirkd_region_queue=9), "--cirkd-region-queue"),
-        ("cirkd", dict(cirkd_region_weight=0, cirkd_region_contrast=9), "--cirkd-region-contrast"),
-        ("skd", dict(ifvd_weight=1.0), "--ifvd-weight has no effect on --method skd"),
-    ],
-)
-def test_options_that_do_nothing_are_refused(name, options, words):
-    with pytest.raises(files.UserError, match=words):
-        build(name, **options)

@@ -13,7 +13,7 @@ from test_train import command, crash, run, same, weights, words
 import methods
 import model
 import train
-from files import UserError
+from files import UserError, as_flag
 
 EVERY = [name for name in methods.METHODS if name != "none"]
 NOT_FLAGS = {"variant", "widths", "classes", "has_embeddings"}
@@ -57,6 +57,32 @@ def test_every_option_of_every_method_is_a_flag_and_every_flag_an_option():
         told = re.search(r"\((\S+)\)$", methods.FLAGS[name][1])
         if told:
             assert told[1] == (default if isinstance(default, str) else f"{default:g}"), name
+
+
+def build(spec, **chosen):
+    return methods.build(spec, model.build("nano", 3), model.build("nano", 3), **chosen)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "c2vkd"])
+def test_a_method_without_terms_is_refused(name):
+    off = {option: 0.0 for option in options(name) if option.endswith("_weight")}
+    with pytest.raises(UserError, match="nothing"):
+        build(name, **off)
+    build(name, **off | {min(off): 1.0})
+
+
+@pytest.mark.parametrize("option, weight", methods.ACTS_BY.items())
+def test_an_option_of_a_term_that_is_left_out_is_refused(option, weight):
+    name = option.split("_")[0]
+    default = options(name)[option]
+    with pytest.raises(UserError, match=f"has no effect with {as_flag(weight)} 0"):
+        build(name, **{option: default, weight: 0.0})
+    build(name, **{option: default})
+
+
+def test_an_option_of_another_method_is_refused():
+    with pytest.raises(UserError, match="--ifvd-weight has no effect on --method skd"):
+        build("skd", ifvd_weight=1.0)
 
 
 def test_every_method_has_its_paper_and_is_listed(capsys):

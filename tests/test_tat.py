@@ -8,7 +8,6 @@ import torch
 from conftest import Largest
 from torch import nn
 
-import files
 import model
 import tat
 from methods import build_method
@@ -324,20 +323,6 @@ def test_each_term_alone():
     patches = build(tat_anchor_weight=0.0)(s, t, None, None)
     anchors = build(tat_patch_weight=0.0)(s, t, None, None)
     assert {**patches, **anchors} == both and len(patches) == len(anchors) == 1
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (dict(tat_patch_weight=0, tat_anchor_weight=0), "both weights 0: there is nothing"),
-        (dict(tat_patch_weight=0, tat_patch=4), "--tat-patch: there is nothing"),
-        (dict(tat_patch_weight=0, tat_group=1), "--tat-group: there is nothing"),
-        (dict(tat_anchor_weight=0, tat_anchors=8), "--tat-anchors: there is nothing"),
-    ],
-)
-def test_options_without_effect(options, words):
-    with pytest.raises(files.UserError, match=words):
-        build(**options)
 
 
 def test_whole_tat_convolves_three_by_three():

@@ -594,7 +594,7 @@ MISTAKES = {
         "--teacher-lr has no effect with --teacher-ckpt",
     ),
     "files of drawn scenes": (["--dataset", "scenes"], None, "--data-dir has no effect with the d"),
-    "kd of nothing": (["--method", "kd", "--kd-weight", "0"], None, "--kd-weight 0.0: must be"),
+    "kd of nothing": (["--method", "kd", "--kd-weight", "0"], None, "kd: --kd-weight 0: nothing"),
     "nothing of transkd": (
         ["--feature-weight", "0", "--embed-weight", "0"],
         None,
