@@ -101,74 +101,64 @@ def ground(c, horizon):
     for t in np.arange(0.1, 1.0, 0.2):  # lane marks
         y = horizon + (HEIGHT - horizon) * t
         x, w = sum(road(y)) / 2, 0.5 + 2 * t
-        c.shape(
-            "polygon",
-            [(x - w, y), (x + w, y), (x + w, y + 6 * t), (x - w, y + 6 * t)],
-            (215, 212, 205),
-        )
+        mark = [(x - w, y), (x + w, y), (x + w, y + 6 * t), (x - w, y + 6 * t)]
+        c.shape("polygon", mark, (215, 212, 205))
     return road
 
 
+def scaled(x, y, s, *corners):
+    """Corners (right, up) in units of s, seen from the foot (x, y) of a thing, in pixels."""
+    return [(x + right * s, y - up * s) for right, up in corners]
+
+
+def pick(c, *colours):
+    """One of them, with the jitter of a painted surface."""
+    return c.colour(colours[c.rng.integers(len(colours))], 20)
+
+
 def tree(c, x, y, s):
-    c.shape(
-        "rectangle",
-        (x - 0.05 * s, y - 0.6 * s, x + 0.05 * s, y),
-        c.colour((85, 65, 50), 12),
-        VEGETATION,
-    )
+    trunk = scaled(x, y, s, (-0.05, 0.6), (0.05, 0))
+    c.shape("rectangle", trunk, c.colour((85, 65, 50), 12), VEGETATION)
     leaf = c.colour((70, 105, 55), 22)
     for _ in range(6):
-        dx, dy, r = (
-            c.rng.normal(0, 0.16) * s,
-            c.rng.normal(-0.85, 0.12) * s,
-            c.rng.uniform(0.12, 0.3) * s,
-        )
+        dx, dy = c.rng.normal(0, 0.16) * s, c.rng.normal(-0.85, 0.12) * s
+        r = c.rng.uniform(0.12, 0.3) * s
         shade = tuple(int(v * c.rng.uniform(0.8, 1.15)) for v in leaf)
         c.shape("ellipse", (x + dx - r, y + dy - r, x + dx + r, y + dy + r), shade, VEGETATION)
 
 
+def wheels(c, x, y, r, places, cls):
+    for dx in places:
+        c.shape("ellipse", (x + dx - r, y - 2 * r, x + dx + r, y), (30, 30, 32), cls)
+
+
 def car(c, x, y, s):
-    paint = c.colour(
-        [(170, 40, 40), (40, 60, 120), (200, 200, 205), (45, 45, 50), (120, 120, 125)][
-            c.rng.integers(5)
-        ],
-        20,
-    )
-    c.shape("rectangle", (x - 0.5 * s, y - 0.35 * s, x + 0.5 * s, y - 0.08 * s), paint, CAR)
-    cabin = [(-0.36, -0.35), (-0.26, -0.6), (0.22, -0.6), (0.36, -0.35)]
-    c.shape("polygon", [(x + a * s, y + b * s) for a, b in cabin], paint, CAR)
-    glass = [(-0.28, -0.36), (-0.22, -0.54), (0.18, -0.54), (0.28, -0.36)]
-    c.shape("polygon", [(x + a * s, y + b * s) for a, b in glass], c.colour((80, 95, 110), 20))
-    for dx in (-0.3, 0.3):
-        r = 0.1 * s
-        c.shape("ellipse", (x + dx * s - r, y - 2 * r, x + dx * s + r, y), (30, 30, 32), CAR)
+    paint = pick(c, (170, 40, 40), (40, 60, 120), (200, 200, 205), (45, 45, 50), (120, 120, 125))
+    c.shape("rectangle", scaled(x, y, s, (-0.5, 0.35), (0.5, 0.08)), paint, CAR)
+    cabin = scaled(x, y, s, (-0.36, 0.35), (-0.26, 0.6), (0.22, 0.6), (0.36, 0.35))
+    c.shape("polygon", cabin, paint, CAR)
+    glass = scaled(x, y, s, (-0.28, 0.36), (-0.22, 0.54), (0.18, 0.54), (0.28, 0.36))
+    c.shape("polygon", glass, c.colour((80, 95, 110), 20))
+    wheels(c, x, y, 0.1 * s, (-0.3 * s, 0.3 * s), CAR)
 
 
 def bus(c, x, y, s):
-    paint = c.colour(
-        [(190, 60, 50), (210, 190, 80), (60, 100, 150), (175, 165, 150)][c.rng.integers(4)], 20
-    )
-    c.shape("rectangle", (x - 0.7 * s, y - 1.0 * s, x + 0.7 * s, y - 0.1 * s), paint, BUS)
+    paint = pick(c, (190, 60, 50), (210, 190, 80), (60, 100, 150), (175, 165, 150))
+    c.shape("rectangle", scaled(x, y, s, (-0.7, 1), (0.7, 0.1)), paint, BUS)
     glass = c.colour((75, 90, 105), 20)
     for k in range(4):
         x0 = x + (-0.62 + 0.32 * k) * s
         c.shape("rectangle", (x0, y - 0.85 * s, x0 + 0.24 * s, y - 0.5 * s), glass)
-    for dx in (-0.42, 0.42):
-        r = 0.12 * s
-        c.shape("ellipse", (x + dx * s - r, y - 2 * r, x + dx * s + r, y), (30, 30, 32), BUS)
+    wheels(c, x, y, 0.12 * s, (-0.42 * s, 0.42 * s), BUS)
 
 
 def figure(c, x, y, s, cls):
     """A person; the torso and legs of a rider are a person's too, only the wheels tell."""
     legs, top = c.colour((60, 60, 80), 30), c.colour((130, 90, 90), 50)
-    c.shape("rectangle", (x - 0.12 * s, y - 0.5 * s, x + 0.12 * s, y), legs, cls)
-    c.shape("rectangle", (x - 0.16 * s, y - 0.85 * s, x + 0.16 * s, y - 0.4 * s), top, cls)
-    c.shape(
-        "ellipse",
-        (x - 0.1 * s, y - 1.05 * s, x + 0.1 * s, y - 0.83 * s),
-        c.colour((190, 150, 125), 20),
-        cls,
-    )
+    c.shape("rectangle", scaled(x, y, s, (-0.12, 0.5), (0.12, 0)), legs, cls)
+    c.shape("rectangle", scaled(x, y, s, (-0.16, 0.85), (0.16, 0.4)), top, cls)
+    head = scaled(x, y, s, (-0.1, 1.05), (0.1, 0.83))
+    c.shape("ellipse", head, c.colour((190, 150, 125), 20), cls)
     if cls == RIDER:
         for dx in (-0.3, 0.3):
             box = (x + dx * s - 0.2 * s, y - 0.3 * s, x + dx * s + 0.2 * s, y + 0.1 * s)
@@ -179,8 +169,8 @@ def pole(c, x, y, s):
     grey = c.colour((110, 112, 115), 20)
     c.shape("rectangle", (x, y - 1.9 * s, x + max(1, 0.06 * s), y), grey, POLE)
     if c.rng.random() < 0.7:
-        paint = c.colour([(190, 50, 45), (40, 80, 160), (225, 200, 60)][c.rng.integers(3)], 20)
-        box = (x - 0.22 * s, y - 1.95 * s, x + 0.28 * s, y - 1.5 * s)
+        paint = pick(c, (190, 50, 45), (40, 80, 160), (225, 200, 60))
+        box = scaled(x, y, s, (-0.22, 1.95), (0.28, 1.5))
         c.shape("ellipse" if c.rng.random() < 0.5 else "rectangle", box, paint, SIGN)
 
 
@@ -198,11 +188,8 @@ def things(c, horizon, road):
         if kind in ("car", "bus", "rider"):
             x = rng.uniform(left, right)
         else:
-            x = (
-                left - s * rng.uniform(0.2, 1.2)
-                if rng.random() < 0.5
-                else right + s * rng.uniform(0.2, 1.2)
-            )
+            edge, side = (left, -s) if rng.random() < 0.5 else (right, s)
+            x = edge + side * rng.uniform(0.2, 1.2)
         if kind == "tree":
             tree(c, x, y, s * rng.uniform(1.4, 2.4))
         elif kind == "car":
@@ -223,9 +210,8 @@ def draw(index):
     background(c, horizon)
     things(c, horizon, ground(c, horizon))
     if rng.random() < 0.6:  # the bonnet of our own car: nobody is asked to label it
-        c.shape(
-            "ellipse", (20, HEIGHT - 7, WIDTH - 20, HEIGHT + 30), c.colour((60, 62, 66), 20), VOID
-        )
+        bonnet = (20, HEIGHT - 7, WIDTH - 20, HEIGHT + 30)
+        c.shape("ellipse", bonnet, c.colour((60, 62, 66), 20), VOID)
     return weather(c.image, rng), np.asarray(c.label)
 
 
