@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import catalog
 import downloads
@@ -19,16 +19,6 @@ import mistakes
 from catalog import files_in, in_parallel, open_image
 from distill import IGNORE, paper_weights
 from files import UserError, some
-
-TURNS = {  # what turns a picture upright, by its EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 # ------------------------------------------------------------------------------------------------
 # reading
@@ -102,8 +92,12 @@ def edges_of(label):
 
 def contrast_of(image, label, turn):
     """Mean step of an image at its label's edges; and at those of the label turned as the image."""
-    turned = np.asarray(Image.fromarray(label).transpose(TURNS[turn])) if turn in TURNS else label
-    if turned is label or turned.shape != label.shape:
+    if turn not in range(2, 9):  # 1 is upright
+        return 0, 0
+    picture = Image.fromarray(label)
+    picture.getexif()[mistakes.ORIENTATION] = turn
+    turned = np.asarray(ImageOps.exif_transpose(picture))
+    if turned.shape != label.shape:
         return 0, 0
     steps = np.abs(np.diff(image.astype(np.int16).sum(2), axis=1))
     at_edges = [steps[y[:, 1:] != y[:, :-1]] for y in (label, turned)]
