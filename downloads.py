@@ -15,33 +15,12 @@ import urllib.request
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from files import UserError, nearest_existing, write_text
+from files import Progress, UserError, nearest_existing, write_text
 
 TRIES = 4  # of a download that gets no further
 PAUSE = 2  # seconds before the second try; twice as long before each further one
 TELL = 5  # seconds between two lines of progress
 BLOCK = 1 << 16  # bytes read at a time: small, so that progress is told on slow lines too
-
-
-def progress(title, total, done=0):
-    """A function tell(bytes so far) that prints how far, how fast and how long still, at times."""
-    start, first, told = time.time(), done, time.time()
-
-    def tell(done):
-        nonlocal told
-        now = time.time()
-        if now - told < TELL:
-            return
-        told, speed = now, (done - first) / (now - start)
-        line = f"{title}: {done / 1e6:.0f} MB"
-        if total:
-            line = f"{title}: {100 * done / total:.0f} %, {done / 1e6:.0f} of {total / 1e6:.0f} MB"
-        line += f", {speed / 1e6:.1f} MB/s"
-        if total and speed:
-            line += f", {(total - done) / speed:.0f} s left"
-        print(line, flush=True)
-
-    return tell
 
 
 def need_space(folder, need, what):
@@ -149,12 +128,12 @@ def fetch(url, part, note, size, checked):
         length = f", {total / 1e6:.1f} MB" if total else ""
         at = f", going on at {have / 1e6:.1f} MB" if have else ""
         print(f"{title}: from {url}{length}{at}", flush=True)
-        tell = progress(title, total, have)
+        progress = Progress(f"{title}, MB", (total or 0) / 1e6, TELL, have / 1e6)
         with open(part, "ab") as file:
             while block := receive(reply):
                 file.write(block)
                 have += len(block)
-                tell(have)
+                progress.at(have / 1e6)
     if total and have < total:
         raise Cut(f"the connection was cut at {have} of {total} bytes")
 
@@ -226,12 +205,12 @@ def unpack(archive, folder, only=None):
             total = sum(size for _, _, size in members)
             need_space(folder, total, f"{archive}, unpacked,")
             shutil.rmtree(tmp, ignore_errors=True)  # of a run that was killed
-            tell, done = progress(f"unpack {archive.name}", total), 0
+            progress, done = Progress(f"unpack {archive.name}, MB", total / 1e6, TELL), 0
             safe = isinstance(box, tarfile.TarFile) and hasattr(tarfile, "data_filter")
             for member, _, size in members:
                 box.extract(member, tmp, **({"filter": "data"} if safe else {}))
                 done += size
-                tell(done)
+                progress.at(done / 1e6)
             while isinstance(box, tarfile.TarFile) and box.fileobj.read(BLOCK):
                 pass  # to the end: there lies the checksum of a tar.gz
         for path in sorted((tmp / top).iterdir()):

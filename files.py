@@ -5,6 +5,7 @@ Errors for people, and files that are either whole or not there.
 import contextlib
 import errno
 import importlib.util
+import math
 import os
 import signal
 import sys
@@ -75,18 +76,25 @@ def check_folder(flag, path):
 
 
 class Progress:
-    """Tells every few seconds how far a long job is, and when it will be done."""
+    """Tells every few seconds how far a long job is and, if its total is known, how long still.
 
-    def __init__(self, title, total, every=2.0):
-        self.title, self.total, self.every = title, total, every
+    first: what was done before this job began.
+    """
+
+    def __init__(self, title, total, every=2.0, first=0):
+        self.title, self.total, self.every, self.first = title, total, every, first
         self.start = self.told = time.time()
 
     def at(self, done):
         now = time.time()
-        if 0 < done < self.total and now - self.told > self.every:
-            left = (now - self.start) * (self.total / done - 1)
-            print(f"{self.title}: {done}/{self.total}, {left:.0f} s left", flush=True)
-            self.told = now
+        if now - self.told <= self.every or not self.first < done < (self.total or math.inf):
+            return
+        line = f"{self.title}: {done:.0f}"
+        if self.total:
+            left = (now - self.start) * (self.total - done) / (done - self.first)
+            line += f"/{self.total:.0f}, {left:.0f} s left"
+        print(line, flush=True)
+        self.told = now
 
 
 @contextlib.contextmanager

@@ -308,6 +308,14 @@ def test_scoring_says_how_far_it_is(monkeypatch, capsys):
     assert said[0] == "scoring: 2/8, 24 s left" and len(said) == 3
 
 
+@pytest.mark.parametrize("total, words", [(9, "x.zip, MB: 6/9, 12 s left"), (0, "x.zip, MB: 6")])
+def test_what_was_there_already_took_no_time(monkeypatch, capsys, total, words):
+    clock = iter([0, 4])
+    monkeypatch.setattr(files.time, "time", lambda: next(clock))
+    files.Progress("x.zip, MB", total, first=5).at(6)
+    assert capsys.readouterr().out == words + "\n"
+
+
 @pytest.mark.parametrize("content", [b"", b"x", b"sky\nroad", b"PK\x03\x04 not a zip"])
 def test_files_that_are_no_checkpoints(monkeypatch, tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)

@@ -107,7 +107,7 @@ def test_download_and_its_progress(site, tmp_path, capsys):
     assert path.read_bytes() == BODY and names(tmp_path) == ["new", "new/x.bin"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"x.bin: from {site.url}, 0.3 MB" and "\r" not in "".join(lines)
-    assert "100 %, 0 of 0 MB" in lines[-1] and "MB/s" in lines[-1] and "0 s left" in lines[-1]
+    assert lines[-1] == "x.bin, MB: 0/0, 0 s left"
     downloads.download(
         site.url, path, len(BODY), SHA
     )  # a file that is there is checked, not fetched
@@ -256,7 +256,7 @@ def test_no_content_length_is_no_error(site, tmp_path, capsys):
     site.plans = [{"length": None}]
     downloads.download(site.url, tmp_path / "x.bin", sha256=SHA)
     out = capsys.readouterr().out
-    assert (tmp_path / "x.bin").read_bytes() == BODY and "x.bin: 0 MB, " in out and "%" not in out
+    assert (tmp_path / "x.bin").read_bytes() == BODY and "x.bin, MB: 0\n" in out
 
 
 def test_errors_of_the_server(site, tmp_path):
