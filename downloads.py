@@ -7,13 +7,12 @@ import http.client
 import json
 import os
 import shutil
-import stat
 import tarfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from files import Progress, UserError, nearest_existing, write_text
 
@@ -190,80 +189,49 @@ def unpack(archive, folder, only=None):
     """Unpack a zip, tar or tar.gz into a folder: all of it, or nothing.
 
     only: "*/CamVid" takes what lies in that folder of the archive, without the path to it.
-    Raises UserError, before a byte is written, if a name leads out of the folder or is taken, if
-    there are links or devices, or if the disk is too small; later if the archive is damaged.
+    Raises UserError if a name is taken, or if the archive is damaged or not safe.
     """
     archive, folder = Path(archive), Path(folder)
     tmp = folder / f"{archive.name}.unpacking"
     try:
-        with open_archive(archive) as box:
-            members, top = choose(list_members(box), archive, only)
-            names = {path.relative_to(top).parts[0] for _, path, _ in members if path != top}
-            for name in sorted(names):
-                if os.path.lexists(folder / name):
-                    raise UserError(f"{folder / name} is in the way: remove it first")
-            total = sum(size for _, _, size in members)
-            need_space(folder, total, f"{archive}, unpacked,")
-            shutil.rmtree(tmp, ignore_errors=True)  # of a run that was killed
-            progress, done = Progress(f"unpack {archive.name}, MB", total / 1e6, TELL), 0
-            safe = isinstance(box, tarfile.TarFile) and hasattr(tarfile, "data_filter")
-            for member, _, size in members:
-                box.extract(member, tmp, **({"filter": "data"} if safe else {}))
-                done += size
-                progress.at(done / 1e6)
-            while isinstance(box, tarfile.TarFile) and box.fileobj.read(BLOCK):
-                pass  # to the end: there lies the checksum of a tar.gz
-        for path in sorted((tmp / top).iterdir()):
-            os.rename(path, folder / path.name)
-        print(f"{archive.name}: {len(members)} entries unpacked into {folder}", flush=True)
+        shutil.rmtree(tmp, ignore_errors=True)  # of a run that was killed
+        extract(archive, tmp)
+        paths = sorted(tmp.glob(f"{only}/*" if only else "*"))
+        tops = {path.parent for path in paths}
+        if len(tops) != 1:
+            raise UserError(f"{archive}: {len(tops)} folders {only or ''} in it, expected 1")
+        for path in paths:
+            if os.path.lexists(folder / path.name):
+                raise UserError(f"{folder / path.name} is in the way: remove it first")
+        for path in paths:
+            path.rename(folder / path.name)
+        print(f"{archive.name}: unpacked into {folder}", flush=True)
     except UserError:
         raise
     except Exception as e:  # what reading a damaged archive may raise has no end
         if getattr(e, "errno", None):
             raise UserError(f"cannot unpack {archive} into {folder}: {e.strerror or e}") from e
-        why = e or type(e).__name__
-        raise UserError(f"{archive}: damaged ({why}); remove it and fetch it again") from e
+        why = str(e) or type(e).__name__
+        raise UserError(f"{archive}: damaged or refused ({why}); remove it, fetch it again") from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def open_archive(path):
-    """A ZipFile or a TarFile, by the first bytes of the file."""
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if start == b"PK":
-        return zipfile.ZipFile(path)
-    return tarfile.open(path, "r:gz" if start == b"\x1f\x8b" else "r:")
+def extract(archive, folder):
+    """All of it; nothing gets out of the folder: zipfile mends such names and makes no links."""
+    tar = tarfile.is_tarfile(archive)
+    with tarfile.open(archive) if tar else zipfile.ZipFile(archive) as box:
+        members = box.getmembers() if tar else box.infolist()
+        progress = Progress(f"unpack {archive.name}", len(members), TELL)
+        for done, member in enumerate(members):
+            progress.at(done)
+            box.extract(member, folder, **(dict(filter=plain) if tar else {}))
+        while tar and box.fileobj.read(BLOCK):
+            pass  # to the end: there lies the checksum of a tar.gz
 
 
-def list_members(box):
-    """[(member, its name as it is written, whether it is a plain file or folder, size in bytes)]"""
-    if isinstance(box, tarfile.TarFile):
-        return [(m, m.name, m.isreg() or m.isdir(), m.size) for m in box.getmembers()]
-    kinds = (0, stat.S_IFREG, stat.S_IFDIR)  # 0: packed where files have no such modes
-    return [
-        (m, m.filename, stat.S_IFMT(m.external_attr >> 16) in kinds, m.file_size)
-        for m in box.infolist()
-    ]
-
-
-def choose(members, archive, only):
-    """[(member, path, size)] of those to unpack, and the folder of the archive that `only` means.
-
-    Raises UserError if any member of the archive, chosen or not, is not safe. Links are refused
-    wherever they lead: chains of them have fooled the filters of tarfile, and no data set has any.
-    """
-    chosen, tops, depth = [], set(), len(only.split("/")) if only else 0
-    for member, name, plain, size in members:
-        path = PurePosixPath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or path.parts and path.parts[0].endswith(":"):
-            raise UserError(f"{archive}: refused, {name!r} would lie outside the folder")
-        if not plain:
-            raise UserError(f"{archive}: refused, {name!r} is a link or a device")
-        top = PurePosixPath(*path.parts[:depth])
-        if not only or top.match(only):
-            chosen.append((member, path, size))
-            tops.add(top)
-    if len(tops) != 1:
-        raise UserError(f"{archive}: {len(tops)} folders {only or ''} in it, expected 1")
-    return chosen, tops.pop()
+def plain(member, folder):
+    """tarfile's "data" filter, and no links: chains of them have fooled it, data sets have none."""
+    if not (member.isreg() or member.isdir()):
+        raise tarfile.SpecialFileError(member)
+    return tarfile.data_filter(member, folder)

@@ -5,7 +5,6 @@ import io
 import os
 import shutil
 import socketserver
-import struct
 import subprocess
 import sys
 import tarfile
@@ -359,7 +358,7 @@ def test_unpack(tmp_path, kind, capsys, monkeypatch):
         downloads.unpack(archive, tmp_path / "out")
     with pytest.raises(UserError, match=r"0 folders \*/CamVid in it, expected 1"):
         downloads.unpack(archive, tmp_path / "none", "*/CamVid")
-    assert names(tmp_path / "out") == before and not (tmp_path / "none").exists()
+    assert names(tmp_path / "out") == before and not names(tmp_path / "none")
 
 
 def hostile_tar(path, **kw):
@@ -378,49 +377,37 @@ def zip_of_a_link(path):
     return make_zip(path, {"fine.txt": b"", link: b"/etc/passwd"})
 
 
-def zip_that_claims_4_gb(path):
-    make_zip(path, {"bomb": b"0" * 1000})
-    content = bytearray(path.read_bytes())
-    at = content.index(b"PK\x01\x02") + 24  # the length, unpacked, in the central directory
-    content[at : at + 4] = struct.pack("<I", 0xFFFFFFF0)
-    path.write_bytes(content)
-    return path
-
-
 HOSTILE = {
     "zip up": lambda p: make_zip(p, {"fine.txt": b"", "a/../../evil": b"x"}),
     "zip up, windows": lambda p: make_zip(p, {"fine.txt": b"", "..\\evil": b"x"}),
-    "zip absolute": lambda p: make_zip(p, {"fine.txt": b"", "/tmp/evil": b"x"}),
+    "zip absolute": lambda p: make_zip(p, {"fine.txt": b"", f"{p.parent}/evil": b"x"}),
     "zip drive": lambda p: make_zip(p, {"fine.txt": b"", "C:\\evil": b"x"}),
     "zip link": zip_of_a_link,
-    "zip bomb": lambda p: make_zip(p, {"bomb": b"0" * 2_000_000}),
-    "zip that claims 4 GB": zip_that_claims_4_gb,
-    "tar up": lambda p: make_tar(p, {"fine.txt": b"", "../evil": b"x"}),
-    "tar absolute": lambda p: make_tar(p, {"fine.txt": b"", "/tmp/evil": b"x"}),
+    "tar absolute": lambda p: make_tar(p, {"fine.txt": b"", f"{p.parent}/evil": b"x"}),
+    "tar up": lambda p: make_tar(p, {"fine.txt": b"", "../../evil": b"x"}),
+    "tar link": lambda p: hostile_tar(p, type=tarfile.SYMTYPE, linkname="fine.txt"),
     "tar link out": lambda p: hostile_tar(p, type=tarfile.SYMTYPE, linkname="../../etc"),
     "tar hard link out": lambda p: hostile_tar(p, type=tarfile.LNKTYPE, linkname="/etc/passwd"),
     "tar device": lambda p: hostile_tar(p, type=tarfile.CHRTYPE, devmajor=1, devminor=3),
     "tar pipe": lambda p: hostile_tar(p, type=tarfile.FIFOTYPE),
-    "tar bomb": lambda p: make_tar(p, {"bomb": b"0" * 2_000_000}, "w:gz"),
 }
+MENDED = {kind for kind in HOSTILE if "zip" in kind or "absolute" in kind}  # others are refused
 
 
-BOMBS = {kind for kind in HOSTILE if "bomb" in kind or "claims" in kind}
-
-
-@pytest.mark.parametrize(
-    "kind, only", [(k, o) for k in HOSTILE for o in (None, "*/CamVid") if not (o and k in BOMBS)]
-)
-def test_hostile_archives_are_refused_before_anything_is_written(tmp_path, monkeypatch, kind, only):
-    archive = HOSTILE[kind](tmp_path / "x")
-    set_free_space(monkeypatch, 1_000_000)
-    words = "needs .* GB, .* has 0.001 GB free" if kind in BOMBS else "refused"
-    monkeypatch.setattr(zipfile.ZipFile, "extract", None)
-    monkeypatch.setattr(tarfile.TarFile, "extract", None)
-    with pytest.raises(UserError, match=words) as e:
-        downloads.unpack(archive, tmp_path / "out", only)
-    assert "\n" not in str(e.value) and str(archive) in str(e.value)
-    assert names(tmp_path) == ["x"]
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("only", [None, "*/CamVid"])
+def test_hostile_archives_do_nothing_outside_the_folder(tmp_path, kind, only):
+    archive, out = HOSTILE[kind](tmp_path / "x"), tmp_path / "out"
+    if kind in MENDED and not only:
+        downloads.unpack(archive, out)
+        assert (out / "fine.txt").read_bytes() == b"" and len(names(out)) > 1
+        assert not any(path.is_symlink() for path in out.rglob("*"))
+    else:
+        words = "0 folders" if kind in MENDED else r"x: damaged or refused \('.*evil'"
+        with pytest.raises(UserError, match=words) as e:
+            downloads.unpack(archive, out, only)
+        assert "\n" not in str(e.value) and not names(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "x"]
 
 
 def damaged(kind, path):
@@ -444,7 +431,7 @@ def damaged(kind, path):
 )
 def test_damaged_archives_leave_nothing(tmp_path, kind):
     archive = damaged(kind, tmp_path / "x")
-    with pytest.raises(UserError, match=r"x: damaged \(.+\); remove it and fetch it again") as e:
+    with pytest.raises(UserError, match=r"x: damaged or refused \(.+\); remove it") as e:
         downloads.unpack(archive, tmp_path / "out")
     assert "\n" not in str(e.value)
     assert [p for p in names(tmp_path) if p != "out"] == ["x"]
@@ -455,7 +442,7 @@ def test_unpack_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(zipfile.ZipFile, "extract", full)
     with pytest.raises(UserError, match="cannot unpack .*: No space left on device"):
         downloads.unpack(archive, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not names(tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------------
