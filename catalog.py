@@ -409,21 +409,28 @@ def upright(image, path):
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
-def read_mat(path):
-    """The label map S of a COCO-Stuff 10k annotation."""
+def read_mat(path, *names):
+    """Variables of a MATLAB file up to v7: a list of int64 arrays."""
     try:
         from scipy.io import loadmat
     except ImportError as e:
         raise UserError(f"{path}: pip install scipy, to read .mat files") from e
     try:
-        return loadmat(path, variable_names=["S"])["S"].astype(np.int64)
+        found = loadmat(path, appendmat=False, variable_names=names)
+        with np.errstate(invalid="ignore"):  # NaN and inf are found below
+            whole = [found[name].astype(np.int64) for name in names]
+        for name, array in zip(names, whole):
+            if (found[name] != array).any():
+                raise ValueError(f"others in {name}")
+        return whole
     except Exception as e:  # what it may raise on rubbish has no end
-        raise UserError(f"{path}: no .mat file with a label map S ({type(e).__name__})") from e
+        words = f"no MATLAB file up to v7 with whole numbers as {' and '.join(names)}"
+        raise UserError(f"{path}: {words} ({type(e).__name__}: {e})") from e
 
 
 def read_label(path):
     """(H, W) uint8: the values in the file; of a palette image its indices."""
-    label = read_mat(path) if path.suffix == ".mat" else np.asarray(open_image(path))
+    label = read_mat(path, "S")[0] if path.suffix == ".mat" else np.asarray(open_image(path))
     if label.ndim != 2:
         raise UserError(
             f"{path}: a label must have one channel of class ids, this one has {label.shape[2]} "

@@ -12,7 +12,7 @@ from PIL import Image
 
 import downloads
 import scenes
-from catalog import in_parallel, open_dataset
+from catalog import in_parallel, open_dataset, read_mat
 from classes import (
     NYU13,
     NYU40,
@@ -162,27 +162,20 @@ def write_nyuv2(mat, splits, class_map, num_classes, root):
 
 def nyu_arrays(source, mat):
     """The images (N, 3, W, H) and labels (N, W, H) of the open file; nothing is read yet."""
-    missing = [name for name in ("images", "labels") if name not in source]
-    if missing:
-        raise UserError(f"{mat}: no variable '{missing[0]}', only {', '.join(source) or 'nothing'}")
-    images, labels = source["images"], source["labels"]
-    shape = getattr(images, "shape", ())
-    if len(shape) != 4 or shape[1] != 3 or images.dtype != np.uint8:
-        raise UserError(f"{mat}: images {describe(images)}, expected (N, 3, 640, 480) uint8")
-    if getattr(labels, "shape", ()) != (shape[0], *shape[2:]) or labels.dtype.kind != "u":
-        want = f"{(shape[0], *shape[2:])} uint16, as the images"
-        raise UserError(f"{mat}: labels {describe(labels)}, expected {want}")
-    return images, labels
-
-
-def describe(array):
-    return f"{getattr(array, 'shape', 'are a group')} {getattr(array, 'dtype', '')}".strip()
+    arrays = [source.get(name) for name in ("images", "labels")]
+    found = [f"{x.shape} {x.dtype}" if hasattr(x, "shape") else "no array" for x in arrays]
+    shape = getattr(arrays[0], "shape", ())
+    fits = found == [f"{shape} uint8", f"{(*shape[:1], *shape[2:])} uint16"]
+    if len(shape) != 4 or shape[1] != 3 or not fits:
+        want = "expected (N, 3, 640, 480) uint8 and (N, 640, 480) uint16"
+        raise UserError(f"{mat}: images {found[0]}, labels {found[1]}; {want}")
+    return arrays
 
 
 def nyu_splits(path, n):
     """{"train": [number], "val": [number]}, from 1 to n; val is the official test split."""
-    found = read_mat(path, "trainNdxs", "testNdxs")
-    lists = {"train": found[0].tolist(), "val": found[1].tolist()}
+    train, test = read_mat(path, "trainNdxs", "testNdxs")
+    lists = {"train": train.ravel().tolist(), "val": test.ravel().tolist()}
     both = lists["train"] + lists["val"]
     outside = [i for i in both if not 1 <= i <= n]
     if outside or not all(lists.values()):
@@ -199,7 +192,7 @@ def nyu_splits(path, n):
 def nyu_table(path, num_classes):
     """(895,) uint8: raw label, 0 is void -> 0..num_classes-1 or IGNORE. path: --map, or None."""
     if path:
-        (found,) = read_mat(path, "mapClass")
+        found = read_mat(path, "mapClass")[0].ravel()
     else:
         found = np.full(894, 40)
         lists = (NYU_CLASSES_1_TO_37, range(1, 38)), (NYU_CLASS_38, 38), (NYU_CLASS_39, 39)
@@ -210,27 +203,6 @@ def nyu_table(path, num_classes):
         raise UserError(f"{path}: mapClass holds {held}, expected 894 of 1 to 40")
     classes = np.array(NYU40_TO_13)[found - 1] if num_classes == 13 else found
     return np.append(IGNORE, classes - 1).astype(np.uint8)
-
-
-def read_mat(path, *names):
-    """Variables of a MATLAB file of up to v7, as flat arrays of whole numbers."""
-    io = need("scipy.io")
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        found = io.loadmat(path, appendmat=False)
-    except Exception as e:  # what reading a file of any kind may raise has no end
-        raise UserError(f"{path}: cannot be read as a MATLAB file up to v7 ({e})") from e
-    arrays = []
-    for name in names:
-        if name not in found:
-            there = ", ".join(k for k in found if not k.startswith("__")) or "nothing"
-            raise UserError(f"{path}: no variable '{name}', only {there}")
-        array = np.ravel(found[name])
-        if array.dtype.kind not in "uif" or (array != np.round(array)).any():
-            raise UserError(f"{path}: {name} is {describe(array)}, expected whole numbers")
-        arrays.append(array.astype(np.int64))
-    return arrays
 
 
 def declare_classes(root, names):

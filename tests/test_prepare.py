@@ -782,29 +782,32 @@ WRONG = {
         "not a whole HDF5",
     ),
     "no mat": (lambda f: {"mat": "none.mat"}, "none.mat: no such file"),
-    "no labels": (lambda f: bad_mat(f, images=IMAGES), "no variable 'labels', only images"),
+    "no labels": (
+        lambda f: bad_mat(f, images=IMAGES),
+        r"images \(7, 3, 64, 48\) uint8, labels no array; expected",
+    ),
     "not transposed": (
         lambda f: bad_mat(f, images=IMAGES.T, labels=LABELS.T),
-        r"images \(48, 64, 3, 7\) uint8, expected \(N, 3, 640, 480\) uint8",
+        r"images \(48, 64, 3, 7\) uint8, labels .* expected \(N, 3, 640, 480\) uint8",
     ),
     "images of floats": (
         lambda f: bad_mat(f, images=IMAGES.astype(float), labels=LABELS),
-        r"images \(7, 3, 64, 48\) float64, expected",
+        r"images \(7, 3, 64, 48\) float64, labels",
     ),
     "other labels": (
         lambda f: bad_mat(f, images=IMAGES, labels=LABELS[1:]),
-        r"labels \(6, 64, 48\) uint16, expected \(7, 64, 48\) uint16",
+        r"labels \(6, 64, 48\) uint16; expected .* and \(N, 640, 480\) uint16",
     ),
     "labels too large": (
         lambda f: bad_mat(f, images=IMAGES, labels=LABELS + 895),
         "label 895 in image 1, 0 to 894 expected",
     ),
-    "splits not MATLAB": (lambda f: no_mat(f, "splits"), "cannot be read as a MATLAB file"),
-    "splits are HDF5": (lambda f: {"splits": "labeled.mat"}, "cannot be read as a MATLAB file"),
-    "no splits": (lambda f: {"splits": "none.mat"}, "none.mat: no such file"),
+    "splits not MATLAB": (lambda f: no_mat(f, "splits"), "no MATLAB file up to v7"),
+    "splits are HDF5": (lambda f: {"splits": "labeled.mat"}, "no MATLAB file up to v7"),
+    "no splits": (lambda f: {"splits": "none.mat"}, "none.mat: .* No such file"),
     "no test": (
         lambda f: bad_small(f, "splits", trainNdxs=TRAIN),
-        "no variable 'testNdxs', only trainNdxs",
+        "trainNdxs and testNdxs .*KeyError: 'testNdxs'",
     ),
     "splits from 0": (
         lambda f: bad_small(f, "splits", trainNdxs=TRAIN, testNdxs=TEST - 1),
@@ -824,11 +827,15 @@ WRONG = {
     ),
     "splits of words": (
         lambda f: bad_small(f, "splits", trainNdxs=TRAIN, testNdxs="ab"),
-        "testNdxs is .*, expected whole numbers",
+        "with whole numbers as trainNdxs and testNdxs",
     ),
     "splits of fractions": (
         lambda f: bad_small(f, "splits", trainNdxs=TRAIN + 0.5, testNdxs=TEST),
-        r"trainNdxs is \(2,\) float64, expected whole numbers",
+        "others in trainNdxs",
+    ),
+    "splits of infinity": (
+        lambda f: bad_small(f, "splits", trainNdxs=TRAIN, testNdxs=TEST * np.inf),
+        "others in testNdxs",
     ),
     "short map": (
         lambda f: bad_small(f, "map", mapClass=np.ones((1, 40), int)),
@@ -838,7 +845,7 @@ WRONG = {
         lambda f: bad_small(f, "map", mapClass=np.arange(1, 895)),
         "mapClass holds 894 numbers 1 to 894, expected 894 of 1 to 40",
     ),
-    "no map": (lambda f: bad_small(f, "map", other=1), "no variable 'mapClass', only other"),
+    "no map": (lambda f: bad_small(f, "map", other=1), "KeyError: 'mapClass'"),
 }
 
 
