@@ -10,7 +10,7 @@ from pathlib import Path
 import files
 from plans import CURVES, LENGTHS
 
-HEAD = ["mIoU", "of the way", "pixels", "boundary IoU", "mIoU, paper's"]
+HEAD = ["mIoU", "of the gap", "pixels", "boundary IoU", "mIoU, paper's"]
 TITLES = {
     "main": "TransKD and its parts",
     "labels": "Few labels",
@@ -80,7 +80,7 @@ def table(head, rows, cells):
 
 def student_table(rows, starts, teacher):
     """Rows of train.py; starts, {steps: runs of the student alone}, and `teacher`, runs or None:
-    the ends of the way."""
+    the ends of the gap."""
 
     def cells(runs):
         way, alone = "", starts.get(runs[0]["steps"])
@@ -164,14 +164,14 @@ def encoders(jobs, names):
 INTRODUCTION = """# Results
 
 Written by `suite.py`: every number comes from a run whose command is below, for its first seed.
-mIoU, accuracy of pixels and boundary IoU by the full-resolution protocol on the validation images;
-beside them mIoU by the paper's (`eval.py --protocol paper` of the same net). *Of the way*: from the
-student alone, with as many steps and without class weights, to the teacher. Means and standard
-deviations over seeds. What a command does not say is the same for all students; where data and
-results lie (`--data-dir`, `--out-dir`) is left out. Minutes are those of training, by the clock,
-whatever else the machine did.
+mIoU, pixel accuracy and boundary IoU are by the full-resolution protocol on the validation images;
+beside them mIoU by the paper's (`eval.py --protocol paper` of the same net). *Of the gap*: how much
+of the gap is closed between the student alone, with as many steps and without class weights, and
+the teacher. Means and standard deviations over seeds. What a command does not say is the same for
+all students; where data and results lie (`--data-dir`, `--out-dir`) is left out. Minutes are those
+of training by the clock, including whatever else the machine did.
 
-Each data set has the plan and the hardware of its own last run: compare within a section.
+Each data set has its own plan and hardware, those of its last run: compare within a section only.
 """
 
 
