@@ -72,13 +72,13 @@ class PatchEmbed(nn.Module):
         return self.norm(to_tokens(x)), x.shape[2], x.shape[3]  # (B, H*W, C)
 
 
-def attend(q, k, v, fused=True):
+def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v of queries (B, heads, N, d) and keys, values (B, heads, M, d).
 
     In one fused call, except where that is slower: CPUs' kernel multiplies bfloat16 as float32,
     and sr_ratio keeps the N x M matrix small enough to be written out.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 512 or not fused:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 512:
         return ((q * q.shape[3] ** -0.5) @ k.mT).softmax(dim=3) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim, heads, sr_ratio, qkv_bias=True):
         super().__init__()
-        self.heads, self.sr_ratio, self.fused = heads, sr_ratio, True
+        self.heads, self.sr_ratio = heads, sr_ratio
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -105,7 +105,7 @@ class Attention(nn.Module):
             x = self.norm(to_tokens(self.sr(to_map(x, H, W))))  # (B, N / sr^2, C)
         k, v = self.kv(x).chunk(2, dim=-1)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        y = attend(q, k, v, self.fused)  # (B, heads, N, C / heads)
+        y = attend(q, k, v)  # (B, heads, N, C / heads)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, C)
 
 
