@@ -74,21 +74,9 @@ def rows(args):
         if args.method:
             options = {} if args.csf_norm is None else dict(csf_norm=args.csf_norm)
             shape = (args.num_classes, args.size)
-            cost, _ = with_method(args.method, name, args.teacher, *shape, **options)
+            cost = with_method(args.method, name, args.teacher, *shape, **options)
             label = f"{name} + {args.method} from {args.teacher} (training only)"
             yield dict(name=label) | cost
-
-
-class RecordedOutput:
-    """An Output that remembers which of its fields were read."""
-
-    def __init__(self, out):
-        self.out, self.fields = out, []
-
-    def __getattr__(self, field):
-        if field not in self.fields:
-            self.fields.append(field)
-        return getattr(self.out, field)
 
 
 @cache
@@ -100,39 +88,32 @@ def teacher_output(name, num_classes, size):
 
 
 def with_method(spec, student, teacher, num_classes, size, **options):
-    """(parameters and GMACs of a student and its adapters, what that takes of the teacher).
-
-    size: (H, W) of the image.
-    """
+    """Parameters and GMACs of a student and a method's adapters; size: (H, W) of the image."""
     with torch.device("meta"):
         image = torch.empty(1, 3, *size)
         net = model.build(student, num_classes)
         teacher, output = teacher_output(teacher, num_classes, size)
         method = methods.build(spec, net, teacher, **options).eval()
         labels = torch.zeros(1, *size, dtype=torch.uint8)
-        recorded = RecordedOutput(output)
-        cost = measure(net, image, lambda out: method(out, recorded, image, labels))
+        cost = measure(net, image, lambda out: method(out, output, image, labels))
     params = model.count_parameters(net) + model.count_parameters(method)
-    return dict(params=params) | cost, recorded.fields
+    return dict(params=params) | cost
 
 
 def print_methods(student, teacher, num_classes, size):
-    """--method list: every method, what it takes of the teacher, what it adds to the student."""
+    """--method list: every method, and what it adds to the student."""
     own = measure_named(student, num_classes, size)
     print(f"methods, from {teacher} to {student}, at {size[0]}x{size[1]}")
-    print(f"{'':12s} {'+ params':>10s} {'+ GMACs':>8s}  {'of the teacher':20s}  paper")
+    print(f"{'':12s} {'+ params':>10s} {'+ GMACs':>8s}  paper")
     for name in methods.METHODS:
         try:
-            cost, read = with_method(name, student, teacher, num_classes, size)
+            cost = with_method(name, student, teacher, num_classes, size)
         except files.UserError as e:
             print(f"{name:12s} {e}")
             continue
         gmacs = sum(cost[k] - own[k] for k in ("gmacs", "attention_gmacs"))
         params = cost["params"] - own["params"]
-        fields = ", ".join(read) or "nothing"
-        print(
-            f"{name:12s} {params:10,d} {gmacs:8.2f}  {fields:20s}  {methods.PAPERS.get(name, '')}"
-        )
+        print(f"{name:12s} {params:10,d} {gmacs:8.2f}  {methods.PAPERS.get(name, '')}")
 
 
 def size(text):

@@ -90,7 +90,7 @@ def test_every_method_has_its_paper_and_is_listed(capsys):
     train.main(train.get_args(["--method", "list", "--student", "nano", "--teacher", "b0"]))
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in said[2:]] == [*methods.METHODS]
-    assert "features, embeddings" in said[3] and methods.PAPERS["transkd-base"] in said[3]
+    assert methods.PAPERS["transkd-base"] in said[3]
 
 
 class MyMethod(torch.nn.Module):
