@@ -17,7 +17,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import augment
 import baselines
@@ -35,7 +34,7 @@ import settings
 import tat
 from eval import autocast, percent
 from files import UserError
-from step import Teacher
+from step import Learner, Teacher
 
 METHODS = {
     "none": distill.NoDistillation,
@@ -235,21 +234,9 @@ def build_method(args, net, teacher):
     return methods.build_method(args.method, *channels, METHODS, **options)
 
 
-class Learner(nn.Module):
-    """The student and what teaches it: one module, so that DDP keeps the adapters in step too."""
-
-    def __init__(self, student, method, ce_weight, label_smoothing):
-        super().__init__()
-        self.student, self.method = student, method
-        self.ce_weight, self.smoothing = ce_weight, label_smoothing
-
-    def forward(self, images, targets, teacher):
-        """images (B, 3, S, S), targets (B, K): the shares of the classes; the dict of terms."""
-        out, terms = self.student(images), {}
-        if self.ce_weight:
-            ce = F.cross_entropy(out.logits.float(), targets, label_smoothing=self.smoothing)
-            terms["ce"] = self.ce_weight * ce
-        return terms | self.method(out, teacher, images, None)
+def cross_entropy(logits, targets, weight, smoothing):
+    """Of logits (B, K) and targets (B, K), the shares of the classes."""
+    return weight * F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
 
 def loss_terms(run, classes, frozen, learner, batch):
@@ -264,7 +251,8 @@ def train_classifier(run, net, teacher, train, val):
     """Train `net`; returns the seconds that took."""
     args = run.args
     method = build_method(args, net, teacher)
-    learner = Learner(net, method, args.ce_weight, args.label_smoothing)
+    ce = functools.partial(cross_entropy, weight=args.ce_weight, smoothing=args.label_smoothing)
+    learner = Learner(net, method, ce if args.ce_weight else None)
     known = model.IMAGENET_MEAN, model.IMAGENET_STD
     facts = dict(mean=known[0], std=known[1], void=None)
     frozen = Teacher(teacher, facts, *known, method.needs_head) if teacher else None

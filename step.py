@@ -15,21 +15,20 @@ from settings import PAPER_DECAY_EPOCHS
 
 
 class Learner(nn.Module):
-    """The student and what teaches it: one module, so that DDP keeps the adapters in step too."""
+    """The student and what teaches it: one module, so that DDP keeps the adapters in step too.
 
-    def __init__(self, student, method, class_weights=None):
+    ce: the loss of logits and labels, if any; a method that `replaces_ce` does without it.
+    """
+
+    def __init__(self, student, method, ce=distill.cross_entropy):
         super().__init__()
         self.student, self.method = student, method
-        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.ce = None if getattr(method, "replaces_ce", False) else ce
 
-    def forward(self, images, labels, teacher, count=None):
-        """{name: loss term}. teacher: its Output, or None; count: what the cross-entropy divides
-        by, see `mean_count`.
-        """
+    def forward(self, images, labels, teacher, **how):
+        """{name: loss term}. teacher: its Output, or None; how: further arguments of ce."""
         out = self.student(images)
-        terms = {}
-        if not getattr(self.method, "replaces_ce", False):
-            terms["ce"] = distill.cross_entropy(out.logits, labels, self.class_weights, count)
+        terms = {"ce": self.ce(out.logits, labels, **how)} if self.ce else {}
         taught = self.method(out, teacher, images, labels)
         if "ce" in terms and "ce" in taught:
             raise UserError("a method's term is called 'ce', as the cross-entropy of the labels is")

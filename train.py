@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import augment
 import catalog
 import data
+import distill
 import eval as evaluation
 import files
 import flops
@@ -242,7 +243,8 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
     split = run.images(stage)
     paper = args.recipe == "paper"
     weights = None if getattr(method, "replaces_ce", False) else class_weights(run, split)
-    learner = Learner(net, method, weights)
+    ce = functools.partial(distill.cross_entropy, class_weights=weights)
+    learner = Learner(net, method, ce)
     mean, std = run.facts["mean"], run.facts["std"]
     frozen = Teacher(*teacher, mean, std, method.needs_head) if method.needs_teacher else None
     parts = loop.trained_parts(run, learner, frozen, lr, decay_everything=paper)
@@ -256,7 +258,6 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
     scoring = functools.partial(score, run, stage, facts=run.facts)
 
     def count(batches):
-        weights = parts["learner"].class_weights
         return mean_count([batch["label"] for batch in batches], weights, run.device)
 
     counting = count if args.accumulate > 1 else None
@@ -275,15 +276,15 @@ def loss_terms(run, frozen, learner, batch, count=None):
     facts = run.facts
     images, labels = augment.device_batch(batch, run.device, facts["mean"], facts["std"])
     with evaluation.autocast(run.device, run.args.dtype):
-        return learner(images, labels, frozen and frozen(images), count)
+        return learner(images, labels, frozen and frozen(images), count=count)
 
 
 def class_weights(run, split):
-    """Those of the paper for the training pixels, or None."""
+    """Those of the paper for the training pixels, on the device, or None."""
     if run.args.class_weights == "none":
         return None
     with told_once(run):
-        return data.class_weights(split, len(run.dataset.classes))
+        return data.class_weights(split, len(run.dataset.classes)).to(run.device)
 
 
 def score(run, stage, net, step, facts):

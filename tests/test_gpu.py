@@ -7,6 +7,7 @@ autocast changes, and steps in which the host waits for the device.
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import augment
 import classifiers
+import distill
 import methods
 import model
 import photos
@@ -97,8 +99,11 @@ def host_batch(B=4, H=64, W=96):
 )
 def test_a_step_lies_on_the_gpu_in_float32_terms_and_waits_for_nothing(spec, dtype):
     teacher, student = model.build("b0", 6), model.build("nano", 5)
-    learner = Learner(student, methods.build(spec, student, teacher), torch.rand(5)).train()
     mode = FakeTensorMode()
+    with mode:
+        weights = torch.rand(5, device=GPU)
+    ce = functools.partial(distill.cross_entropy, class_weights=weights)
+    learner = Learner(student, methods.build(spec, student, teacher), ce).train()
     teacher, learner = to_gpu(mode, teacher.eval(), learner)
     facts = dict(mean=[0.0] * 3, std=[1.0] * 3, void=5)  # another normalisation, an output too many
     look = Teacher(teacher, facts, *MINE, learner.method.needs_head)
@@ -106,9 +111,9 @@ def test_a_step_lies_on_the_gpu_in_float32_terms_and_waits_for_nothing(spec, dty
         inside = dict(y_inside=torch.ones(4, 64).bool(), x_inside=torch.ones(4, 96).bool())
         batch = host_batch() | inside | dict(label=torch.zeros(4, 64, 96, dtype=torch.uint8))
         images, labels = augment.device_batch(batch, GPU, *MINE)
-        count = mean_count([batch["label"]] * 2, learner.class_weights, GPU)
+        count = mean_count([batch["label"]] * 2, weights, GPU)
         seen = look(images) if learner.method.needs_teacher else None
-        check(learner(images, labels, seen, count))
+        check(learner(images, labels, seen, count=count))
     assert not waits.found
 
 
@@ -117,7 +122,8 @@ def test_a_step_lies_on_the_gpu_in_float32_terms_and_waits_for_nothing(spec, dty
 def test_likewise_between_classifiers(nets, method):
     teacher, student = (classifiers.build(name, 5, 32) for name in nets)
     args = pretrain.get_args(["--data-dir", "", "--model", nets[1], "--method", method])
-    learner = pretrain.Learner(student, pretrain.build_method(args, student, teacher), 1.0, 0.1)
+    ce = functools.partial(pretrain.cross_entropy, weight=1.0, smoothing=0.1)
+    learner = Learner(student, pretrain.build_method(args, student, teacher), ce)
     mode = FakeTensorMode()
     teacher, learner = to_gpu(mode, teacher.eval(), learner.train())
     look = Teacher(

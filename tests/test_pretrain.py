@@ -34,7 +34,7 @@ import settings
 import train
 from files import UserError
 from nets import Output
-from step import learning_rate
+from step import Learner, learning_rate
 from tat import WholeTaT
 
 SMALL = "--model nano --size 32 --batch-size 4 --max-iters 6 --lr 1e-3 --log-every 0".split()
@@ -271,7 +271,8 @@ def test_cross_entropy_with_smoothing_is_that_of_soft_targets():
         def forward(self, images):
             return Output(logits, (), ())
 
-    learner = pretrain.Learner(Net(), pretrain.METHODS["none"](None, None), 0.5, 0.2)
+    ce = functools.partial(pretrain.cross_entropy, weight=0.5, smoothing=0.2)
+    learner = Learner(Net(), pretrain.METHODS["none"](None, None), ce)
     got = learner(None, targets, None)
     soft = 0.8 * targets + 0.2 / 7
     assert got.keys() == {"ce"}

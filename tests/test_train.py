@@ -124,6 +124,8 @@ def test_class_weights_of_the_paper(folder):
         label = torch.from_numpy(catalog.read_label(folder / "labels" / f"p{i}.png"))
         counts += torch.bincount(label[label != 255].long(), minlength=3)
     assert torch.allclose(got, 1 / torch.log(1.10 + counts / counts.sum()), atol=1e-5)
+    run.device = torch.device("meta")
+    assert train.class_weights(run, run.train).is_meta
     args.class_weights = "none"
     assert train.class_weights(run, run.train) is None
     assert distill.paper_weights(torch.zeros(2)).tolist() == pytest.approx([1 / math.log(1.1)] * 2)
