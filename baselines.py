@@ -15,18 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from distill import conv_bn, cwd, hcl, to_grid, valid_mean
+from distill import conv_bn, cwd, hcl, matched, valid_mean
 from manifold import gram_difference
 from model import to_tokens
 from nets import full_precision
 
 # ------------------------------------------------------------------------------------------------
 # what several of them need
-
-
-def matched(s, t):
-    """Maps of student and teacher in float32, the teacher's at the student's size (B, C, h, w)."""
-    return s.float(), to_grid(t.float(), s.shape[2:])
 
 
 def decoded_maps(student, teacher):

@@ -144,6 +144,11 @@ def to_grid(x, size):
     return resize(F.adaptive_avg_pool2d(x, [min(a, b) for a, b in zip(x.shape[2:], size)]), size)
 
 
+def matched(s, t):
+    """Maps of student and teacher in float32, the teacher's at the student's size (B, C, h, w)."""
+    return s.float(), to_grid(t.float(), s.shape[2:])
+
+
 FEATURE_LOSSES = {"hcl": hcl, "cwd": cwd, "none": None}
 ALPHA = (0.1, 0.1, 0.5, 1.0)  # weights of the four stages' embeddings, as released
 EMBED_STAGES = {"all": (0, 1, 2, 3), "none": (), "1": (0,), "2": (1,), "3": (2,), "4": (3,)}
@@ -367,8 +372,7 @@ class TransKD(nn.Module):
         if self.csf is not None:
             maps = self.csf(student.features)
             terms["features"] = self.feature_weight * sum(
-                self.feature_loss(f, to_grid(t, f.shape[2:]))
-                for f, t in zip(maps, teacher.features)
+                self.feature_loss(*matched(f, t)) for f, t in zip(maps, teacher.features)
             )
         if self.pea is not None:
             aligned = self.pea(student, images)

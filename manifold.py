@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill import to_grid
+from distill import matched
 from files import UserError
 from model import to_tokens
 from nets import full_precision
@@ -94,8 +94,7 @@ class Manifold(nn.Module):
     def forward(self, student, teacher, images, labels):
         terms = {}
         for i in self.stages:
-            s = student.features[i - 1].float()
-            t = to_grid(teacher.features[i - 1].float(), s.shape[2:])
+            s, t = matched(student.features[i - 1], teacher.features[i - 1])
             s, t = (F.normalize(to_tokens(x), dim=2) for x in (s, t))  # (B, N, C)
             names = ("patches", "samples", "random")
             for name, weight, pair in zip(names, self.weights, cuts(s, t, self.rows)):

@@ -23,7 +23,7 @@ An image classifier's last map is small enough for the whole: WholeTaT, for pret
 import torch.nn.functional as F
 from torch import nn
 
-from distill import conv_bn, to_grid
+from distill import conv_bn, matched, to_grid
 from model import to_tokens
 from nets import full_precision
 
@@ -160,8 +160,7 @@ class WholeTaT(nn.Module):
     def forward(self, student, teacher, images, labels):
         s = student.features[-1]
         with full_precision(s):
-            s = s.float()
-            t = to_grid(teacher.features[-1].float(), s.shape[2:])
+            s, t = matched(s, teacher.features[-1])
             q, v, t = (to_tokens(x) for x in (self.query(s), self.value(s), t))  # (B, h * w, C_t)
             return {"tat": self.weight * (attend(q, t, v, self.axis) - t).square().mean()}
 
