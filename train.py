@@ -147,22 +147,23 @@ def run_stage(run, stage, name, spec="none", teacher=None):
     if stage in run.results:
         net, facts = model.load(path)
         return loop.freeze(net, run.device), facts
-    is_teacher = stage == "teacher"
-    iters = args.teacher_iters if is_teacher else args.max_iters
-    batch_size = args.teacher_batch_size if is_teacher else args.batch_size
+    iters, batch_size, lr, init = args.max_iters, args.batch_size, args.lr, args.student_init
+    if stage == "teacher":
+        iters, batch_size = args.teacher_iters, args.teacher_batch_size
+        lr, init = args.teacher_lr, args.teacher_init
     torch.manual_seed(args.seed)
     net = model.build(name, len(run.dataset.classes))
     run.print(f"\n{stage}: {name}, {model.count_parameters(net):,} parameters")
-    init = start_from(run, stage, net)
+    init = start_from(run, stage, net, init)
+    if lr is None:  # of a teacher, not given
+        lr = args.lr if init == "scratch" else min(args.lr, FINE_TUNING_LR)
     method = build_method(args, spec, net, teacher and teacher[0])
     for note in [m.note for m in method.modules() if getattr(m, "note", "")]:
         run.print(note)
     extra = model.count_parameters(method)
-    of = len(run.images(stage))
+    n_images = len(run.images(stage))
     adapters = f", {extra:,} parameters of adapters" if extra else ""
-    run.print(f"{iters} steps of {batch_size}, from {of} images{adapters}")
-    lr = args.teacher_lr if is_teacher else args.lr
-    lr = lr if lr is not None else (args.lr if init == "scratch" else min(args.lr, FINE_TUNING_LR))
+    run.print(f"{iters} steps of {batch_size}, from {n_images} images{adapters}")
     net, seconds = train_stage(run, stage, net, method, teacher, iters, batch_size, lr)
     record(run, stage, net, run.facts, iters, seconds)
     if run.rank == 0:
@@ -171,16 +172,14 @@ def run_stage(run, stage, name, spec="none", teacher=None):
     return loop.freeze(net, run.device), run.facts
 
 
-def start_from(run, stage, net):
+def start_from(run, stage, net, init):
     """Load what a stage starts from, unless it is resumed anyway; returns its name.
 
     A teacher of --teacher-init auto starts from ImageNet weights where they can be had.
     """
-    is_teacher = stage == "teacher"
-    init = run.args.teacher_init if is_teacher else run.args.student_init
     if run.state and run.state["stage"] == stage:
         return run.inits[stage]
-    auto = is_teacher and init == "auto"
+    auto = stage == "teacher" and init == "auto"
     if auto:
         init = IMAGENET.get(net.name) if run.dataset.name != "scenes" else "scratch"
     if init != "scratch":

@@ -358,11 +358,10 @@ def test_imagenet_weights_by_default(folder, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(weights, "fetch_torchvision", no_network)
     args = train.get_args(argv(folder, tmp_path / "out", "--teacher", NAME, "--method", "kd"))
-    args.teacher_init = "auto"
     train.resolve(args)
     with torch.device("meta"):
         net = model.build(NAME, 3)
-    assert train.start_from(train.open_run(args), "teacher", net) == "scratch"
+    assert train.start_from(train.open_run(args), "teacher", net, "auto") == "scratch"
     assert asked == ["resnet50"] and "no connection\n!!! So the teacher" in capsys.readouterr().out
 
 
