@@ -10,6 +10,8 @@ import torch
 import parallel
 import timing
 
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
 
 def filled(norm):
     torch.manual_seed(1)
@@ -24,30 +26,42 @@ def maps(dtype):
     return x.contiguous(memory_format=torch.channels_last), torch.randn_like(x)
 
 
-def half(rank, port, dtype):
+def half(rank, dtype):
     """What one of two processes makes of its half: output, gradients, running statistics."""
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
-    device = parallel.start("cpu")
     net = torch.nn.Sequential(filled(torch.nn.BatchNorm2d(6)))
-    norm = parallel.synchronise(net, device)[0]
+    norm = parallel.synchronise(net, torch.device("cpu"))[0]
     assert type(norm) is parallel.GlooBatchNorm
     x, grad = (t[2 * rank : 2 * rank + 2] for t in maps(dtype))
     x.requires_grad_()
     y = norm(x)
     y.backward(grad)
-    parallel.stop()
     grads = [p.grad for p in norm.parameters()]
     tensors = [y.detach(), x.grad, *grads, norm.running_mean, norm.running_var]
     return [t.float().numpy() for t in tensors]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_batch_norm_over_processes_is_that_of_the_whole_batch(dtype, tolerance):
+def work(rank, port):
+    """All that the tests want of one of two processes."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    parallel.start("cpu")
+    made = {dtype: half(rank, dtype) for dtype in TOLERANCES}
+    made["answers"] = parallel.any_process(rank == 0, rank == 1, False, True)
+    parallel.stop()
+    return made
+
+
+@pytest.fixture(scope="module")
+def both():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    halves = timing.in_processes(half, (0, port, dtype), (1, port, dtype))
+    return timing.in_processes(work, (0, port), (1, port))
+
+
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES.items())
+def test_batch_norm_over_processes_is_that_of_the_whole_batch(both, dtype, tolerance):
+    halves = [made[dtype] for made in both]
     ys, dxs, dws, dbs, means, variances = (torch.from_numpy(np.stack(t)) for t in zip(*halves))
     norm = filled(torch.nn.BatchNorm2d(6))
     x, grad = maps(dtype)
@@ -85,17 +99,5 @@ def test_a_synchronised_norm_is_the_same_norm():
     assert torch.equal(got.eval()(x), norm.eval()(x))
 
 
-def asked(rank, port):
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
-    parallel.start("cpu")
-    answers = parallel.any_process(rank == 0, rank == 1, False, True)
-    parallel.stop()
-    return answers
-
-
-def test_any_process_speaks_for_all():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    assert timing.in_processes(asked, (0, port), (1, port)) == [[True, True, False, True]] * 2
+def test_any_process_speaks_for_all(both):
+    assert [made["answers"] for made in both] == [[True, True, False, True]] * 2
