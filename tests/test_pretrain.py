@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import os
-import signal
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from conftest import write_photos
 from PIL import Image
 from test_train import command as train_command
-from test_train import crash, same, weights, write_folder
+from test_train import crash, same, weights, with_and_without_cache, write_folder
 from torchvision.models import VisionTransformer
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
@@ -584,27 +583,6 @@ def test_two_processes_equal_one(tree, tmp_path, teacher):
     assert a["top1"] == b["top1"] and a["encoder"]["images"] == b["encoder"]["images"] == 6
 
 
-def test_sigterm_saves_and_resume_goes_on(tree, tmp_path):
-    more = ["--max-iters", "30"]
-    child = command(*words(tree, tmp_path / "parts", *more))
-    for line in child.stdout:
-        if "5/30" in line:
-            break
-    child.send_signal(signal.SIGTERM)
-    said, errors = child.communicate()
-    assert child.returncode == 128 + signal.SIGTERM and "--resume" in said and not errors
-    assert not (tmp_path / "parts/encoder.pt").exists()
-    run(tree, tmp_path / "parts", *more, "--resume")
-    run(tree, tmp_path / "whole", *more)
-    assert same(*encoders(tmp_path / "whole", tmp_path / "parts"))
-
-
-def test_a_loss_that_is_not_finite_stops_with_its_name(tree, tmp_path):
-    with pytest.raises(UserError, match="encoder: the loss term 'ce' was not finite at step"):
-        run(tree, tmp_path / "out", "--lr", "1e9", "--clip", "0", "--max-iters", "20")
-    assert not (tmp_path / "out/encoder.pt").exists()
-
-
 # ------------------------------------------------------------------------------------------------
 # mistakes
 
@@ -700,8 +678,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("cache", ["on", "off"])
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name, cache", with_and_without_cache(MISTAKES))
 def test_mistakes(tmp_path, teacher, name, cache):
     more, change, message = MISTAKES[name]
     tree = write_photos(tmp_path / "data", train=2)
@@ -750,12 +727,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     assert errors.startswith("error: ") and errors.count("\n") == 1 and "thing0/0.jpg" in errors
 
 
-def test_a_run_is_not_overwritten_nor_resumed_as_another(tree, tmp_path):
+def test_a_run_goes_on_with_its_own_photos_only(tmp_path):
+    tree = write_photos(tmp_path / "data", train=2)
     run(tree, tmp_path / "out", "--max-iters", "1")
-    with pytest.raises(UserError, match="holds a run .last.pt.: pass --resume"):
-        run(tree, tmp_path / "out")
-    with pytest.raises(UserError, match="--resume: --max-iters was 1, now it is 6"):
-        run(tree, tmp_path / "out", "--resume")
     photo = next((tree / "train/thing0").glob("*.jpg"))
     photo.rename(photo.with_stem("other"))
     with pytest.raises(UserError, match="the data are others: checksum of names was "):
