@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import signal
 from argparse import Namespace
 from pathlib import Path
 
@@ -581,6 +582,21 @@ def test_two_processes_equal_one(tree, tmp_path, teacher):
     assert all((a[k] - b[k]).abs().max() < 5e-4 for k in start)
     a, b = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "12")
     assert a["top1"] == b["top1"] and a["encoder"]["images"] == b["encoder"]["images"] == 6
+
+
+def test_sigterm_saves_and_resume_goes_on(tree, tmp_path):
+    more = ["--max-iters", "30"]
+    child = command(*words(tree, tmp_path / "parts", *more))
+    for line in child.stdout:
+        if "5/30" in line:
+            break
+    child.send_signal(signal.SIGTERM)
+    said, errors = child.communicate()
+    assert child.returncode == 128 + signal.SIGTERM and "--resume" in said and not errors
+    assert not (tmp_path / "parts/encoder.pt").exists()
+    run(tree, tmp_path / "parts", *more, "--resume")
+    run(tree, tmp_path / "whole", *more)
+    assert same(*encoders(tmp_path / "whole", tmp_path / "parts"))
 
 
 # ------------------------------------------------------------------------------------------------
