@@ -318,7 +318,9 @@ def time_rank(args, rank, world, port, batch_size):
     args = argparse.Namespace(**vars(args) | dict(device=device))
 
     def wrap(learner):
-        return parallel.wrap(parallel.synchronise(learner, device), device) if port else learner
+        return (
+            parallel.wrap(parallel.share_statistics(learner, device), device) if port else learner
+        )
 
     variant = "bfloat16" if device.type == "cuda" else "channels_last"
     seconds = time_step(args, args.method, variant, batch_size, wrap)["seconds"]

@@ -71,7 +71,7 @@ def label_table(ids, ignored=()):
     return table
 
 
-def open_dataset(name, data_dir=None, **how):
+def open_dataset(name, data_dir=None, **options):
     """A Dataset by name, of DATASETS. Raises UserError if its files are not as they should be."""
     if name not in DATASETS:
         raise UserError(f"unknown dataset '{name}': choose one of {', '.join(DATASETS)}")
@@ -83,7 +83,7 @@ def open_dataset(name, data_dir=None, **how):
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: no such folder")
     try:
-        dataset = DATASETS[name](root, **how)
+        dataset = DATASETS[name](root, **options)
     except Missing as e:
         hint = f"; {how_to_get(name, root)}" if name in SOURCES else ""
         raise UserError(f"{e}{hint}") from e
@@ -115,12 +115,12 @@ def check_classes(ckpt, net, facts, dataset):
 def complete(facts, num_classes, dataset=None):
     """facts with names and colours of its classes, where somebody else's checkpoint has none."""
     n = num_classes - (facts["void"] is not None)
-    known = {19: [(name, colour) for name, _, colour in CITYSCAPES], 150: with_colours(ADE20K)}
-    known[21] = list(zip(VOC, VOC_COLOURS))
+    by_count = {19: [(name, colour) for name, _, colour in CITYSCAPES], 150: with_colours(ADE20K)}
+    by_count[21] = list(zip(VOC, VOC_COLOURS))
     if dataset:
         names, palette = dataset.classes, dataset.palette
     else:
-        names, palette = zip(*known.get(n) or with_colours([f"class {k}" for k in range(n)]))
+        names, palette = zip(*by_count.get(n) or with_colours([f"class {k}" for k in range(n)]))
     names, palette = facts["classes"] or list(names), facts["palette"] or [list(c) for c in palette]
     return facts | dict(classes=names, palette=palette)
 
@@ -218,12 +218,12 @@ def open_street(root, images, labels, ids):
             found[split].append((stem.replace(f"{split}/", "", 1), image, label))
         if split != "test" and not found[split]:
             raise Missing(f"{root / images}: no {pattern.format(split)}/*{end} in it")
-    known = [pair for split in ("train", "val") for pair in found[split]]
-    by_train_id = all(Path(f"{label}labelTrainIds.png").exists() for *_, label in known)
+    labelled = [pair for split in ("train", "val") for pair in found[split]]
+    by_train_id = all(Path(f"{label}labelTrainIds.png").exists() for *_, label in labelled)
     kind = "labelTrainIds.png" if by_train_id else "labelIds.png"
-    lost = [label + kind for *_, label in known if not Path(label + kind).exists()]
+    lost = [label + kind for *_, label in labelled if not Path(label + kind).exists()]
     if lost:
-        raise UserError(f"{len(lost)} of {len(known)} labels are not there: {lost[0]} ...")
+        raise UserError(f"{len(lost)} of {len(labelled)} labels are not there: {lost[0]} ...")
     pairs = {split: [(s, i, Path(p + kind)) for s, i, p in of] for split, of in found.items() if of}
     if "test" in pairs:  # its labels are withheld, or are dummies
         pairs["test"] = [(s, i, p if p.exists() else None) for s, i, p in pairs["test"]]

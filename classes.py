@@ -3,7 +3,7 @@ Class names, and the colours and ids that belong to them, as the data sets publi
 """
 
 
-def split(names):
+def names_in(names):
     return tuple(" ".join(name.split()) for name in names.split(","))
 
 
@@ -41,12 +41,12 @@ CAMVID = (
     ("pedestrian", (64, 64, 0)),
     ("bicyclist", (0, 128, 192)),
 )
-VOC = split(
+VOC = names_in(
     """
 background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, dining table, dog,
 horse, motorbike, person, potted plant, sheep, sofa, train, tv monitor"""
 )
-NYU40 = split(
+NYU40 = names_in(
     """
 wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds,
 desk, shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refrigerator,
@@ -67,7 +67,7 @@ NYU_CLASS_39 = """
     359 373 393 401 414 418 419 430 443 444 447 448 457 458 460 462 475 479 485 486 493 494 498
     499 509 510 515 521 524 540 549 551 554 556 558 576 580 608 625 703 734 770 772 797 800 803
     804 813 814 815 820 829 835 858 863 882 892"""
-NYU13 = split(
+NYU13 = names_in(
     """
 bed, books, ceiling, chair, floor, furniture, objects, picture, sofa, table, tv, wall, window"""
 )
@@ -76,7 +76,7 @@ NYU40_TO_13 = (
     *(12, 5, 6, 1, 4, 9, 10, 12, 13, 6, 8, 6, 13, 10, 6, 13, 6, 7, 7, 5),
     *(7, 3, 2, 6, 11, 7, 7, 7, 7, 7, 7, 6, 7, 7, 7, 7, 7, 7, 6, 7),
 )
-ADE20K = split(
+ADE20K = names_in(
     """
 wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
 person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
@@ -94,7 +94,7 @@ traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin boa
 radiator, glass, clock, flag"""
 )
 # COCO-Stuff: 80 things and 91 stuffs. Ids run from 0 to 181; eleven things were never annotated
-COCO_STUFF = split(
+COCO_STUFF = names_in(
     """
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
 stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra,

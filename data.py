@@ -168,7 +168,7 @@ def is_cached(folder, split, title, cache_gb):
 
     False if that would pass --cache-gb, or half of what is free there.
     """
-    clear_away_what_was_killed(folder.parent)
+    remove_stale_builds(folder.parent)
     if folder.is_dir():
         return True
     bytes_each = np.mean([sum(part.nbytes for part in split.pair(i)) for i in some_of(split)])
@@ -188,8 +188,8 @@ def is_cached(folder, split, title, cache_gb):
     return True
 
 
-def clear_away_what_was_killed(home):
-    """Remove the folders of builds on which nobody has worked for ten minutes."""
+def remove_stale_builds(home):
+    """Remove the folders of killed builds: those untouched for ten minutes."""
     for tmp in home.iterdir():
         if not re.fullmatch(r".+-[0-9a-f]{16}\.tmp\d+", tmp.name):
             continue

@@ -106,16 +106,18 @@ def contrast_of(image, label, turn):
 
 def open_for_check(name, data_dir):
     """The data set. One without classes.txt has 255 classes until its labels have been read."""
-    root, how = Path(data_dir or ""), {}
+    root, options = Path(data_dir or ""), {}
     if name == "folder" and not (root / "classes.txt").exists():
-        how["classes"] = [(f"class {k}", colour) for k, colour in enumerate(catalog.colours(255))]
+        options["classes"] = [
+            (f"class {k}", colour) for k, colour in enumerate(catalog.colours(255))
+        ]
     try:
-        return catalog.open_dataset(name, data_dir, **how)
+        return catalog.open_dataset(name, data_dir, **options)
     except UserError as e:
         raise UserError(f"{e}{mistakes.why_unpaired(root, str(e))}") from e
 
 
-def count_classes(dataset, splits):
+def keep_counted(dataset, splits):
     """Keep as many of the 255 as the labels count."""
     values = np.flatnonzero(mistakes.pixels_of(mistakes.every(splits))[:IGNORE])
     n = int(max(values, default=0)) + 1
@@ -135,7 +137,7 @@ def check(args):
         work = functools.partial(examine, dataset=dataset)
         splits[split] = list(in_parallel(work, pairs, f"check {split}"))
     if mistakes.unnamed(dataset) and len(dataset.classes) == 255:
-        dataset = count_classes(dataset, splits)
+        dataset = keep_counted(dataset, splits)
     errors, in_files, in_values = [], [], []
     for split, files in splits.items():
         in_split = first_of(mistakes.LIKELY, files, dataset)
@@ -144,9 +146,10 @@ def check(args):
         errors += [seen.error for seen in files if seen.error]
     if not in_values:
         in_values = first_of(mistakes.LIKELY_IN_ALL, splits, dataset)
-        tell("likely", in_values)
+        print_findings("likely", in_values)
     if not in_values:
-        tell("perhaps", filter(None, [judge(splits, dataset) for judge in mistakes.PERHAPS]))
+        found = filter(None, [judge(splits, dataset) for judge in mistakes.PERHAPS])
+        print_findings("perhaps", found)
     twice = same_images(dataset.pairs)
     for words in twice:
         print(words)
@@ -162,7 +165,7 @@ def first_of(judges, files, dataset):
     return [words for judge in judges if (words := judge(files, dataset))][:1]
 
 
-def tell(how_sure, found):
+def print_findings(how_sure, found):
     for words in found:
         print(f"  {how_sure}: {words}")
 
@@ -182,7 +185,7 @@ def report(split, files, dataset, in_split):
         f"{len(same)} of {len(files)} pairs, such as {same[0].stem} ({same[0].mistake[1]}): {words}"
         for words, same in alike.items()
     ]
-    tell("likely", in_files + in_split)
+    print_findings("likely", in_files + in_split)
     total, counts = mistakes.pixels_of(files).sum(), mistakes.by_class(files, dataset)
     if not total:
         print("  no labels")

@@ -64,7 +64,7 @@ def download(url, path, size=None, sha256=None, md5=None):
     most, tries = -1, 0
     while True:
         try:
-            fetch(url, part, note, size, checked=bool(sha256 or md5))
+            fetch_once(url, part, note, size, checked=bool(sha256 or md5))
             break
         except Cut as e:
             have = part.stat().st_size if part.exists() else 0
@@ -86,7 +86,7 @@ def download(url, path, size=None, sha256=None, md5=None):
     note.unlink(missing_ok=True)
 
 
-def fetch(url, part, note, size, checked):
+def fetch_once(url, part, note, size, checked):
     """One try: append to `part` what it lacks, or begin anew if it may be of another file.
 
     note says of which version and length of the file `part` is the beginning. Where the server

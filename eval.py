@@ -439,8 +439,8 @@ def main(args):
         net.to(args.device)
         facts["resize"] = args.short_side or facts["resize"]
         if not args.dtype:
-            known = parallel.has_native(args.device, facts["dtype"])
-            args.dtype = facts["dtype"] if known else "float32"
+            native = parallel.has_native(args.device, facts["dtype"])
+            args.dtype = facts["dtype"] if native else "float32"
         if args.image:
             return label_photos(net, catalog.complete(facts, net.num_classes), args, views)
         metrics = score(net, facts, args, views)
@@ -472,8 +472,8 @@ def score(net, facts, args, views):
             save_image(Image.fromarray(values[ids]), Path(args.save_preds) / f"{name}.png")
 
     split = data.open_split(dataset, args.split, args.data_dir, args.cache, args.cache_dir)
-    how = (args.device, args.dtype, args.protocol, args.batch_size)
-    metrics = evaluate(net, split, facts, *how, dataset.parts_of(args.split), save, **views)
+    options = (args.device, args.dtype, args.protocol, args.batch_size)
+    metrics = evaluate(net, split, facts, *options, dataset.parts_of(args.split), save, **views)
     if metrics["pixel_acc"] is None:
         print(f"{dataset.name}/{args.split} has no labels: nothing to score")
     return metrics

@@ -76,7 +76,7 @@ def compare(net, other, tolerance, mean_std=None):
 # ------------------------------------------------------------------------------------------------
 # Hugging Face
 
-RENAMES = (  # ours, theirs: those of the checkpoints on the hub, which every transformers reads
+HF_NAMES = (  # ours, theirs: those of the checkpoints on the hub, which every transformers reads
     (r"^encoder\.stages\.(\d)\.patch_embed", r"segformer.encoder.patch_embeddings.\1"),
     (r"(patch_embeddings\.\d)\.norm", r"\1.layer_norm"),
     (r"^encoder\.stages\.(\d)\.norm", r"segformer.encoder.layer_norm.\1"),
@@ -99,7 +99,7 @@ def hf_state(state):
     """A state dict of ours in Hugging Face's names, keys and values apart."""
     out = {}
     for name, tensor in state.items():
-        for ours, theirs in RENAMES:
+        for ours, theirs in HF_NAMES:
             name = re.sub(ours, theirs, name)
         if ".attn.kv." in name:
             key, value = tensor.chunk(2)
@@ -238,9 +238,9 @@ def trace(net, mean_std):
 
 def about(facts):
     """What the user of a graph has to know, as JSON strings by name."""
-    known = {name: facts[name] for name in ("classes", "palette", "mean", "std")}
-    known["short_side"] = model.photo_side(facts)
-    return {name: json.dumps(value) for name, value in known.items() if value is not None}
+    strings = {name: facts[name] for name in ("classes", "palette", "mean", "std")}
+    strings["short_side"] = model.photo_side(facts)
+    return {name: json.dumps(value) for name, value in strings.items() if value is not None}
 
 
 def write_onnx(net, facts, folder, mean_std):
@@ -332,7 +332,7 @@ def get_args(argv=None):
 
 
 def main(args):
-    write, packages, how = FORMS[args.to]
+    write, packages, usage = FORMS[args.to]
     out = Path(args.out_dir)
     if args.mask and args.to == "hf":
         raise UserError("--mask is for onnx and pt2: a Hugging Face folder has an image processor")
@@ -350,14 +350,14 @@ def main(args):
     facts = catalog.complete(facts, net.num_classes)
     mean_std = (facts["mean"], facts["std"]) if args.mask or args.to == "hf" else None
     with staging(out) as tmp:
-        said = write(net, facts, tmp, mean_std)
+        comparison = write(net, facts, tmp, mean_std)
         sizes = {path.name: path.stat().st_size / 1e6 for path in sorted(tmp.iterdir())}
     print(f"{out}: {', '.join(sizes)}, {sum(sizes.values()):.2f} MB")
-    print(said)
+    print(comparison)
     if model.photo_side(facts):
         how_to = "its image processor resizes photos" if args.to == "hf" else "resize photos"
         print(f"{how_to} to a shorter side of {model.photo_side(facts)} pixels, as in training")
-    print(f"open it with {how.format(out)}")
+    print(f"open it with {usage.format(out)}")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def cli(main, args):
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
             raise
-        words = "Take smaller batches or images, or in training --accumulate 2."
-        print(f"error: {str(e).splitlines()[0]} {words}", file=sys.stderr)
+        advice = "Take smaller batches or images, or in training --accumulate 2."
+        print(f"error: {str(e).splitlines()[0]} {advice}", file=sys.stderr)
         sys.exit(2)
     except (UserError, OSError, MemoryError) as e:  # a full disk, a folder that is not ours
         print(f"error: {e}", file=sys.stderr)
@@ -70,9 +70,9 @@ def nearest_existing(path):
 
 def check_folder(flag, path):
     """UserError if there can be no folder: a file is in its place, or in that of one above it."""
-    there = nearest_existing(path)
-    if not there.is_dir():
-        raise UserError(f"{flag} {path}: {there} is a file, not a folder")
+    existing = nearest_existing(path)
+    if not existing.is_dir():
+        raise UserError(f"{flag} {path}: {existing} is a file, not a folder")
 
 
 class Progress:
@@ -83,18 +83,18 @@ class Progress:
 
     def __init__(self, title, total, every=2.0, first=0):
         self.title, self.total, self.every, self.first = title, total, every, first
-        self.start = self.told = time.time()
+        self.start = self.printed = time.time()
 
     def at(self, done):
         now = time.time()
-        if now - self.told <= self.every or not self.first < done < (self.total or math.inf):
+        if now - self.printed <= self.every or not self.first < done < (self.total or math.inf):
             return
         line = f"{self.title}: {done:.0f}"
         if self.total:
             left = (now - self.start) * (self.total - done) / (done - self.first)
             line += f"/{self.total:.0f}, {left:.0f} s left"
         print(line, flush=True)
-        self.told = now
+        self.printed = now
 
 
 @contextlib.contextmanager

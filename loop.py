@@ -195,7 +195,7 @@ def trained_parts(run, learner, teacher, lr, decay_everything=False):
     """
     learner = learner.to(run.device).to(memory_format=torch.channels_last)
     if run.world > 1:
-        learner = parallel.synchronise(learner, run.device)
+        learner = parallel.share_statistics(learner, run.device)
     if run.args.compile:
         for module in filter(None, (learner, teacher)):
             module.compile()

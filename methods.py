@@ -141,18 +141,18 @@ ACTS_BY = {
 def add_flags(parser, flags=FLAGS):
     """A flag for everything that a method lets one choose."""
     group = parser.add_argument_group("the methods' own choices")
-    for name, (kind, words) in flags.items():
+    for name, (kind, text) in flags.items():
         if kind is bool:
-            how = dict(action="store_const", const=True)
+            options = dict(action="store_const", const=True)
         elif kind is str:
-            how = dict(metavar="FILE")
+            options = dict(metavar="FILE")
         elif isinstance(kind, list):
-            how = dict(type=type(kind[0]), choices=kind, nargs="+")
+            options = dict(type=type(kind[0]), choices=kind, nargs="+")
         elif isinstance(kind[0], type):
-            how = dict(type=kind[0], metavar=kind[0].__name__.upper())
+            options = dict(type=kind[0], metavar=kind[0].__name__.upper())
         else:
-            how = dict(choices=kind)
-        group.add_argument(as_flag(name), help=words, **how)
+            options = dict(choices=kind)
+        group.add_argument(as_flag(name), help=text, **options)
 
 
 def limits(flags=FLAGS):
@@ -212,15 +212,17 @@ def build_method(
     nets = dict(widths=widths, classes=classes, has_embeddings=has_embeddings)
     taken, built = set(), {}
     for name in names:
-        known = inspect.signature(methods[name]).parameters.keys()
-        mine = options.keys() & known
-        own = {k: options[k] for k in mine} | {k: nets[k] for k in nets.keys() & known}
+        parameters = inspect.signature(methods[name]).parameters.keys()
+        mine = options.keys() & parameters
+        own = {k: options[k] for k in mine} | {k: nets[k] for k in nets.keys() & parameters}
         built[name] = methods[name](student_channels, teacher_channels, **own)
-        for said in ("needs_teacher", "needs_head"):
-            if not hasattr(built[name], said):
-                raise UserError(f"method '{name}' does not say {said}: set it to True or False")
+        for attribute in ("needs_teacher", "needs_head"):
+            if not hasattr(built[name], attribute):
+                raise UserError(
+                    f"method '{name}' does not say {attribute}: set it to True or False"
+                )
         taken |= mine
-        weights = [k for k in known if k.endswith("_weight")]
+        weights = [k for k in parameters if k.endswith("_weight")]
         if weights and all(options.get(k) == 0 for k in weights):
             raise UserError(f"{name}: {', '.join(map(as_flag, weights))} 0: nothing to learn from")
     for option, weight in ACTS_BY.items():

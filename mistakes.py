@@ -159,16 +159,16 @@ def pixels_of(files):
 
 def by_class(files, dataset):
     """(256,) pixels of each class, and of void at IGNORE."""
-    known, counts = dataset.table >= 0, np.zeros(256, np.int64)
-    np.add.at(counts, dataset.table[known], pixels_of(files)[known])
+    allowed, counts = dataset.table >= 0, np.zeros(256, np.int64)
+    np.add.at(counts, dataset.table[allowed], pixels_of(files)[allowed])
     return counts
 
 
 def values_of(files, dataset):
     """(values in the files, smallest, largest that the data set knows), all of them but IGNORE."""
     values = [int(v) for v in np.flatnonzero(pixels_of(files)) if v != IGNORE]
-    known = [int(v) for v in np.flatnonzero(dataset.table >= 0) if v != IGNORE]
-    return values, known[0], known[-1]
+    allowed = [int(v) for v in np.flatnonzero(dataset.table >= 0) if v != IGNORE]
+    return values, allowed[0], allowed[-1]
 
 
 def unnamed(dataset):
@@ -343,9 +343,9 @@ def never_in_val(splits, dataset):
 
 
 def mostly_foreign(splits, dataset, ours, others):
-    counts, known = (by_class(splits[split], dataset)[:IGNORE] for split in (ours, others))
-    share = counts[known == 0].sum() / max(counts.sum(), 1)
-    if share > 0.5 and known.any():
+    counts, theirs = (by_class(splits[split], dataset)[:IGNORE] for split in (ours, others))
+    share = counts[theirs == 0].sum() / max(counts.sum(), 1)
+    if share > 0.5 and theirs.any():
         return f"{share:.0%} of {ours}'s pixels are of classes that {others} never has: other ids?"
 
 

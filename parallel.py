@@ -40,8 +40,8 @@ def has_native(device, dtype):
     if device.type == "cuda":
         return dtype == "float16" or torch.cuda.get_device_capability(device)[0] >= 8
     ops = torch.ops.mkldnn  # torch's own question, for which it has no public name
-    known = dict(bfloat16="_is_mkldnn_bf16_supported", float16="_is_mkldnn_fp16_supported")
-    return torch.backends.mkldnn.is_available() and getattr(ops, known[dtype])()
+    queries = dict(bfloat16="_is_mkldnn_bf16_supported", float16="_is_mkldnn_fp16_supported")
+    return torch.backends.mkldnn.is_available() and getattr(ops, queries[dtype])()
 
 
 def keep_memory():
@@ -175,7 +175,7 @@ class GlooBatchNorm(nn.BatchNorm2d):
         return y
 
 
-def synchronise(module, device):
+def share_statistics(module, device):
     """Batch norms with the statistics, and drops with the coins, of the whole batch."""
     for m in module.modules():
         if isinstance(m, Drop):

@@ -59,10 +59,10 @@ class Photos:
 def shrink(image, side):
     """An image (H, W, 3) whose shorter side is at most `side`, resized with antialiasing."""
     h, w = image.shape[:2]
-    return image if min(h, w) <= side else resize(image, side)
+    return image if min(h, w) <= side else to_short_side(image, side)
 
 
-def resize(image, side):
+def to_short_side(image, side):
     """An image whose shorter side is `side`."""
     h, w = image.shape[:2]
     size = side * w // min(h, w), side * h // min(h, w)
@@ -72,7 +72,7 @@ def resize(image, side):
 def centre(image, size):
     """The middle (size, size, 3) of an image, which is enlarged if it is smaller than that."""
     if min(image.shape[:2]) < size:
-        image = resize(image, size)
+        image = to_short_side(image, size)
     top, left = (round((n - size) / 2) for n in image.shape[:2])
     return image[top : top + size, left : left + size]
 
@@ -93,10 +93,10 @@ def find(root, split, store, limit=None):
     names, labels = [], []
     for label, name in enumerate(classes):
         found = []
-        for where, inner, there in os.walk(folder / name):
-            inner.sort()
-            place = os.path.relpath(where, folder)
-            found += [f"{place}/{f}" for f in sorted(there) if catalog.is_image(f)]
+        for where, subfolders, names_there in os.walk(folder / name):
+            subfolders.sort()
+            inside = os.path.relpath(where, folder)
+            found += [f"{inside}/{f}" for f in sorted(names_there) if catalog.is_image(f)]
         if not found:
             raise UserError(
                 f"{folder / name}: no photos in it ({', '.join(catalog.PHOTO_SUFFIXES)})"
@@ -113,11 +113,11 @@ def open_splits(root, store, cache="on", cache_dir=None, cache_gb=None, limit=No
     """
     splits = [find(root, split, store, limit) for split in ("train", "val")]
     train, val = (split.classes for split in splits)
-    odd = sorted({*train} ^ {*val})
-    if odd:
+    unshared = sorted({*train} ^ {*val})
+    if unshared:
         raise UserError(
             f"{root}: train has {len(train)} classes, val {len(val)}; in only one of them: "
-            f"{some(odd)}"
+            f"{some(unshared)}"
         )
     if cache == "on":
         home = data.cache_folder(root, cache_dir)

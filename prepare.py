@@ -90,14 +90,14 @@ def download(args):
         downloads.unpack(archives[0], root / where, only)
     if not (root / source["last"]).exists():
         raise UserError(f"{archives[0]}: unpacked, but without {source['last']}: another file?")
-    tell_what_is_there(name, root)
+    print_summary(name, root)
     if not args.keep_archive:
         for path in archives:
             path.unlink()
 
 
-def tell_what_is_there(name, root):
-    """As the data set's reader finds it, and what to do next."""
+def print_summary(name, root):
+    """The splits as the data set's reader finds them, and the next command."""
     pairs = open_dataset(name, root).pairs
     print(f"{root}: " + ", ".join(f"{len(v)} {split}" for split, v in pairs.items()) + " images")
     print(f"next: python data.py check --dataset {name} --data-dir {root}")
@@ -119,7 +119,7 @@ def convert_nyuv2(args):
     """python data.py nyuv2: the original MATLAB files in the folder layout."""
     root = Path(args.out_dir)
     write_nyuv2(args.mat, args.splits, args.map, args.classes, root)
-    tell_what_is_there("nyuv2", root)
+    print_summary("nyuv2", root)
 
 
 def write_nyuv2(mat, splits, class_map, num_classes, root):

@@ -30,10 +30,12 @@ def read(path):
 def headline(path):
     """What a run found, in a word or two."""
     metrics = read(path)
-    return f"mIoU {percent([metrics['miou']])}" if "miou" in metrics else f"{metrics['top1']:.1%}"
+    if "miou" in metrics:
+        return f"mIoU {mean_and_spread([metrics['miou']])}"
+    return f"{metrics['top1']:.1%}"
 
 
-def percent(values):
+def mean_and_spread(values):
     """Mean and, of several values, standard deviation, in percent."""
     values = [100 * v for v in values]
     if not values:
@@ -83,13 +85,16 @@ def student_table(rows, starts, teacher):
     the ends of the gap."""
 
     def cells(runs):
-        way, alone = "", starts.get(runs[0]["steps"])
+        closed, alone = "", starts.get(runs[0]["steps"])
         whole = mean(teacher) - mean(alone) if alone and teacher else 0
         if whole and runs not in (alone, teacher):
-            way = f"{(mean(runs) - mean(alone)) / whole:.0%}"
-        shares = [percent([run[key] for run in runs]) for key in ("pixel_acc", "boundary_iou")]
-        paper = percent([run["paper"] for run in runs if run["paper"] is not None])
-        return [percent([run["miou"] for run in runs]), way, *shares, paper]
+            closed = f"{(mean(runs) - mean(alone)) / whole:.0%}"
+        miou, pixels, edges = (
+            mean_and_spread([run[key] for run in runs])
+            for key in ("miou", "pixel_acc", "boundary_iou")
+        )
+        paper = mean_and_spread([run["paper"] for run in runs if run["paper"] is not None])
+        return [miou, closed, pixels, edges, paper]
 
     return table(HEAD, rows, cells)
 
@@ -100,10 +105,11 @@ def classifier_table(pair, rows, jobs):
     teachers = {m["encoder"]["model"]: [m["encoder"]] for m in metrics if m}
     teacher = teachers.get(pair.split()[-1])
     rows = (dict(teacher=teacher) if teacher else {}) | rows
-    shares = ("top1", "top5")
-    return table(
-        ["top-1", "top-5"], rows, lambda runs: [percent([r[key] for r in runs]) for key in shares]
-    )
+
+    def cells(runs):
+        return [mean_and_spread([run[key] for run in runs]) for key in ("top1", "top5")]
+
+    return table(["top-1", "top-5"], rows, cells)
 
 
 def commands(groups):
@@ -133,16 +139,16 @@ def plot(path, dataset, rows, teacher):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for k, (name, lengths) in enumerate(LENGTHS.items()):
-        look, found = dict(color=f"C{k}"), [rows[row] for row in lengths if row in rows]
+        style, found = dict(color=f"C{k}"), [rows[row] for row in lengths if row in rows]
         for row in lengths:
             if row in rows and row in CURVES:
-                axis.plot(*curve(rows[row]), linewidth=0.8, **look)
+                axis.plot(*curve(rows[row]), linewidth=0.8, **style)
         if found:
             minutes = [mean(runs, "seconds") / 60 for runs in found]
             miou = [[100 * run["miou"] for run in runs] for runs in found]
             means = [statistics.mean(of) for of in miou]
             spreads = [statistics.stdev(of) if len(of) > 1 else 0 for of in miou]
-            axis.errorbar(minutes, means, spreads, fmt="o--", capsize=3, label=name, **look)
+            axis.errorbar(minutes, means, spreads, fmt="o--", capsize=3, label=name, **style)
     axis.axhline(100 * mean(teacher), color="grey", linestyle=":", label="teacher")
     axis.set(xlabel="minutes of training", ylabel="mIoU, %", title=dataset)
     axis.legend()
@@ -156,8 +162,8 @@ def encoders(jobs, names):
     for job in jobs:
         e = {} if job.row else read(job.made).get("encoder", {})
         if e.get("model") in names:
-            how = f"{e['steps']} steps, {e['seconds'] / 60:.0f} minutes"
-            lines += [f"- {e['model']}: top-1 {e['top1']:.1%}, {how}: `{job.command}`"]
+            cost = f"{e['steps']} steps, {e['seconds'] / 60:.0f} minutes"
+            lines += [f"- {e['model']}: top-1 {e['top1']:.1%}, {cost}: `{job.command}`"]
     return ["Encoders are pre-trained as classifiers:", "", *lines, ""] if lines else []
 
 

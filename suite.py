@@ -71,7 +71,7 @@ def merged(script, *flags):
 
 def plan_jobs(args):
     """Every job of a plan, whatever of it is to run: its results go into the tables."""
-    plan, places = PLANS[args.plan], dict(pair.split("=", 1) for pair in args.data)
+    plan, folders = PLANS[args.plan], dict(pair.split("=", 1) for pair in args.data)
     inits, jobs = {}, []
     for who in ("teacher", "student"):
         encoder = encoder_job(plan, args, plan[who])
@@ -79,7 +79,7 @@ def plan_jobs(args):
         if not getattr(args, f"{who}_init"):
             jobs.append(encoder)
     for dataset in plan["data"]:
-        jobs += dataset_jobs(plan, args, dataset, places.get(dataset), inits)
+        jobs += dataset_jobs(plan, args, dataset, folders.get(dataset), inits)
     for (teacher, student), flags in plan["pairs"].items():
         jobs += classifier_jobs(plan, args, teacher, student, flags)
     return [*{job.made: job for job in jobs}.values()]  # an encoder only once
@@ -119,9 +119,9 @@ def classifier_jobs(plan, args, teacher, student, shared):
     unit, n = shared.split()
     shared = f"{classifier_flags(plan, student)} {shared}"
     for seed in range(plan["seeds"]["photos"]):
-        for row, how in CLASSIFIERS.items():
-            flags, needs = f"--seed {seed} {how}".format(twice=f"{unit} {2 * int(n)}"), []
-            if "--method" in how:
+        for row, row_flags in CLASSIFIERS.items():
+            flags, needs = f"--seed {seed} {row_flags}".format(twice=f"{unit} {2 * int(n)}"), []
+            if "--method" in row_flags:
                 needs = [first.made]
                 flags += f" --teacher {first.folder / 'encoder.pt'}"
             folder = Path(args.out_dir) / "photos" / slug(f"{pair} {row}") / str(seed)
@@ -130,7 +130,7 @@ def classifier_jobs(plan, args, teacher, student, shared):
     return jobs
 
 
-def dataset_jobs(plan, args, dataset, place, inits):
+def dataset_jobs(plan, args, dataset, data_dir, inits):
     """The teacher of a data set, its students, and what scores them by the paper's protocol."""
     sizes, out = numbers(plan, dataset), Path(args.out_dir) / dataset
     ours = {
@@ -140,7 +140,7 @@ def dataset_jobs(plan, args, dataset, place, inits):
     shared = f"--dataset {dataset} {plan['train']} {PLAIN}"
     flags = f"--student {plan['teacher']} --method none --student-init {inits['teacher_init']}"
     argv = merged("train.py", shared, flags, sizes["teacher"])
-    own, row = where(args, place, out / "teacher"), (dataset, "teacher", "teacher", 0)
+    own, row = where(args, data_dir, out / "teacher"), (dataset, "teacher", "teacher", 0)
     teacher = Job(argv, own, out / "teacher", row, ours["teacher_init"])
     jobs = [teacher]
     for group in ROWS:
@@ -156,17 +156,17 @@ def dataset_jobs(plan, args, dataset, place, inits):
                 flags += f" {plan.get('also', {}).get(row, '')}"
                 folder, row = out / slug(f"{group} {row}") / str(seed), (dataset, group, row, seed)
                 flags = f"--student {plan['student']} {flags} --seed {seed}"
-                argv, own = merged("train.py", shared, flags), where(args, place, folder)
+                argv, own = merged("train.py", shared, flags), where(args, data_dir, folder)
                 jobs.append(Job(argv, own, folder, row, needs))
-    return [each for job in jobs for each in (job, *paper_job(args, place, job))]
+    return [each for job in jobs for each in (job, *paper_job(args, data_dir, job))]
 
 
-def paper_job(args, place, job):
+def paper_job(args, data_dir, job):
     """What scores a net once more, by the paper's protocol, if its row is one of these."""
     if job.row[2] not in ["teacher", *PAPER_TOO]:
         return []
     flags = f"--ckpt {job.folder / 'student.pt'} --dataset {job.row[0]} --protocol paper --json"
-    own = where(args, place)
+    own = where(args, data_dir)
     return [Job(merged("eval.py", flags), own, job.folder, job.row, [job.made], "paper.json")]
 
 
@@ -279,10 +279,10 @@ def get_args(argv=None):
 def check(args):
     """UserError for what cannot be run: before hours are spent on the rest."""
     for pair in args.data:
-        name, _, place = pair.partition("=")
-        if name not in PLANS[args.plan]["data"] or not place:
-            known = ", ".join(PLANS[args.plan]["data"])
-            raise UserError(f"--data {pair}: NAME=DIR, with NAME one of {known}")
+        name, _, folder = pair.partition("=")
+        if name not in PLANS[args.plan]["data"] or not folder:
+            names = ", ".join(PLANS[args.plan]["data"])
+            raise UserError(f"--data {pair}: NAME=DIR, with NAME one of {names}")
     weights = args.teacher_init and args.student_init
     if not args.photos and ("photos" in args.only or not weights):
         raise UserError(
@@ -290,9 +290,9 @@ def check(args):
             "from which nets start, unless --teacher-init and --student-init say from what"
         )
     if not args.no_runs and not args.list:
-        for place in [pair.split("=", 1)[1] for pair in args.data] + [args.photos]:
-            if place and not Path(place).is_dir():
-                raise UserError(f"{place}: no such folder")
+        for folder in [pair.split("=", 1)[1] for pair in args.data] + [args.photos]:
+            if folder and not Path(folder).is_dir():
+                raise UserError(f"{folder}: no such folder")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: at least 1")
     args.out_dir = args.out_dir or f"out/suite-{args.plan}"

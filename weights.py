@@ -167,7 +167,7 @@ def locate(source):
             if home == "torchvision":
                 return fetch_torchvision(model)
             try:
-                return fetch(name)
+                return fetch_from_hub(name)
             except UserError as e:
                 raise UserError(f"no file or folder here, and on the hub, {e}") from e
     raise UserError(f"{source}: no such file" + " or folder" * (not path.suffix))
@@ -280,7 +280,7 @@ def folder_facts(folder):
     return facts
 
 
-def fetch(name):
+def fetch_from_hub(name):
     """The folder of a hub's model in huggingface_hub's cache, downloaded if it is not there yet."""
     by_hand = (
         f"get config.json, preprocessor_config.json (if there) and model.safetensors or "
@@ -291,11 +291,11 @@ def fetch(name):
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as e:
         raise UserError(f"{name}: pip install huggingface_hub to download it, or {by_hand}") from e
-    there = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    if not (there or constants.HF_HUB_OFFLINE or reachable(constants.ENDPOINT)):
+    is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if not (is_cached or constants.HF_HUB_OFFLINE or reachable(constants.ENDPOINT)):
         raise UserError(f"{name}: no connection to {constants.ENDPOINT}; {by_hand}")
 
-    if not there:
+    if not is_cached:
         print(f"{name}: downloading from {constants.ENDPOINT}/{name} (its licence is there)")
 
     def get(*files):

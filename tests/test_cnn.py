@@ -144,7 +144,7 @@ def a_process(rank, port, net, images, want):
     """One of two: its half of the batch through the net in training gives its half of `want`."""
     os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     device = parallel.start("cpu")
-    parallel.synchronise(net, device)
+    parallel.share_statistics(net, device)
     half = slice(2 * rank, 2 * rank + 2)
     with torch.no_grad():
         torch.manual_seed(1)

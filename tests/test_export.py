@@ -79,7 +79,7 @@ def assert_same_masks(path, other):
 
 
 def hub_names(depths):
-    """The tensors of a SegFormer on the hub, written down apart from export.RENAMES."""
+    """The tensors of a SegFormer on the hub, written down apart from export.HF_NAMES."""
     head, encoder = "decode_head", "segformer.encoder"
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     names = {f"{head}.linear_fuse.weight"} | {f"{head}.batch_norm.{word}" for word in norm}

@@ -558,7 +558,9 @@ def test_train_and_score(tmp_path, monkeypatch, capsys, student, teacher, method
 def test_teacher_from_imagenet_weights(tmp_path, monkeypatch):
     net, asked = model.build("pvt_v2_b0", 3), []
     torch.save(public(net.state_dict()), tmp_path / "x.pth")
-    monkeypatch.setattr(weights, "fetch", lambda name: asked.append(name) or tmp_path / "x.pth")
+    monkeypatch.setattr(
+        weights, "fetch_from_hub", lambda name: asked.append(name) or tmp_path / "x.pth"
+    )
     root = write_folder(tmp_path / "data", train=4, val=2)
     words = f"--student nano --teacher pvt_v2_b0 {TINY}".split()
     words += ["--dataset", "folder", "--data-dir", str(root), "--out-dir", str(tmp_path / "out")]

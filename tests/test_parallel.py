@@ -29,7 +29,7 @@ def maps(dtype):
 def half(rank, dtype):
     """What one of two processes makes of its half: output, gradients, running statistics."""
     net = torch.nn.Sequential(filled(torch.nn.BatchNorm2d(6)))
-    norm = parallel.synchronise(net, torch.device("cpu"))[0]
+    norm = parallel.share_statistics(net, torch.device("cpu"))[0]
     assert type(norm) is parallel.GlooBatchNorm
     x, grad = (t[2 * rank : 2 * rank + 2] for t in maps(dtype))
     x.requires_grad_()
@@ -93,7 +93,7 @@ def test_a_synchronised_norm_is_the_same_norm():
     norm = torch.nn.BatchNorm2d(3, eps=0.1, momentum=0.3)
     norm.running_mean.normal_()
     norm.running_var.uniform_(1, 2)
-    got = parallel.synchronise(torch.nn.Sequential(norm), torch.device("cpu"))[0]
+    got = parallel.share_statistics(torch.nn.Sequential(norm), torch.device("cpu"))[0]
     assert type(got) is parallel.GlooBatchNorm and (got.eps, got.momentum) == (0.1, 0.3)
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(got.eval()(x), norm.eval()(x))

@@ -715,7 +715,7 @@ def test_teacher_from_imagenet_weights(folder, tmp_path, capsys, monkeypatch):
         asked.append(name)
         return tmp_path / "b0.pth"
 
-    monkeypatch.setattr(train.model.weights, "fetch", fetch)
+    monkeypatch.setattr(train.model.weights, "fetch_from_hub", fetch)
     argv = words(folder, tmp_path / "out", "--teacher", "b0", "--lr", "0.01", "--log-every", "0")
     train.main(train.get_args([*argv, "--teacher-iters", "2"]))
     said = capsys.readouterr().out

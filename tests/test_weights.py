@@ -409,7 +409,7 @@ def test_no_network_says_what_to_do_by_hand(tmp_path):
 
 def test_names_of_the_hub_are_told_from_paths(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(weights, "fetch", lambda name: asked.append(name))
+    monkeypatch.setattr(weights, "fetch_from_hub", lambda name: asked.append(name))
     weights.locate("nvidia/mit-b2")
     assert asked == ["nvidia/mit-b2"]
     monkeypatch.chdir(tmp_path)
