@@ -103,23 +103,35 @@ def host_batch(split, step, batch_size, seed, augment, rows):
         image, label = split.pair(indices[k])
         if augment.fit:  # as eval.prepare does, with antialiasing
             image = np.asarray(Image.fromarray(image).resize(augment.crop[::-1], Image.BILINEAR))
-        item, window, labels_at = {"colour": colour_matrix(rng, augment.colour)}, [], []
-        for d, (n, s, start, flip, full) in zip("yx", random_geometry(rng, label.shape, augment)):
-            scale, size = (1, n) if augment.fit else (s, full)
-            at, inside = source_positions(n, scale, start, flip, size)
+        item, window = {"colour": colour_matrix(rng, augment.colour)}, []
+        axes = random_geometry(rng, label.shape, augment)
+        for axis, (n, scale, start, flip, size) in zip("yx", axes):
+            if augment.fit:  # the image has been scaled already
+                scale, size = 1, n
+            at, inside = source_positions(n, scale, start, flip, size)  # (n,) each
             low, high = int(at.min()), int(np.ceil(at.max())) + 1
             window.append(slice(low, high))
-            item[d], item[f"{d}_inside"] = (at - low).astype(np.float32), inside
-            ratio = -(-n // augment.label_stride) / n  # label pixels per image pixel
-            at, inside = source_positions(round(n * ratio), s * ratio, start * ratio, flip, full)
-            labels_at.append((np.floor(at + 0.5).astype(np.int64), inside))
-        (y, y_inside), (x, x_inside) = labels_at
-        label = label[y].take(x, axis=1)  # (h, w), nearest; rows first: four times as fast
-        label[~y_inside], label[:, ~x_inside] = IGNORE, IGNORE
-        item["label"] = label
+            item[axis], item[f"{axis}_inside"] = (at - low).astype(np.float32), inside
+        item["label"] = nearest_label(label, axes, augment.label_stride)
         item["image"] = image[tuple(window)]
         items.append(item)
     return collate(items)
+
+
+def nearest_label(label, axes, stride):
+    """The label (H, W) of a crop, at 1/stride of its size, by nearest: (h, w), IGNORE outside.
+
+    axes: as `random_geometry` returns them.
+    """
+    positions = []
+    for n, scale, start, flip, size in axes:
+        ratio = -(-n // stride) / n  # label pixels per image pixel
+        at, inside = source_positions(round(n * ratio), scale * ratio, start * ratio, flip, size)
+        positions.append((np.floor(at + 0.5).astype(np.int64), inside))
+    (y, y_inside), (x, x_inside) = positions  # (h,) and (w,)
+    label = label[y].take(x, axis=1)  # (h, w); rows first: four times as fast
+    label[~y_inside], label[:, ~x_inside] = IGNORE, IGNORE
+    return label
 
 
 def collate(items):
