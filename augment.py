@@ -1,10 +1,10 @@
 """
 Training batches: random windows of the decoded images, cut on the host, resampled on the device.
 
-A batch travels as the source pixels it needs, the places to look in them, and labels that are done,
-of the same places. Scale, crop, flip and colour then run for all images at once on the device. All
-that is random about an image comes from the seed and the image's place in the endless stream of
-shuffled epochs: batches are the same however many processes or workers make them.
+A batch travels as the source pixels it needs, the positions at which to sample them, and finished
+labels of the same positions. Scale, crop, flip and colour then run for all images at once on the
+device. All randomness of an image comes from the seed and the image's place in the endless stream
+of shuffled epochs: batches are the same however many processes or workers make them.
 """
 
 import dataclasses
@@ -31,23 +31,23 @@ class Augment:
     label_stride: int = 1  # labels at 1/stride of the crop, by nearest
 
 
-@functools.lru_cache(4)  # a batch may reach into the next epoch, of two rows
+@functools.lru_cache(4)  # a batch may reach into the next epoch, of two streams
 def epoch_order(epoch, n, seed):
     return np.random.default_rng([seed, 1, epoch]).permutation(n)
 
 
 def sample_indices(step, batch_size, n, seed, labelled=0):
-    """The indices of batch `step` (from 0) in an endless row of shuffled epochs over n items.
+    """The indices of batch `step` (from 0) in an endless stream of shuffled epochs over n items.
 
-    With only the first `labelled` items labelled, they and the others take turns, each in epochs
-    of their own: half of any batch has labels, however few there are.
+    With only the first `labelled` items labelled, they and the others alternate, each in epochs of
+    their own: half of any batch has labels, however few there are.
     """
     at = range(step * batch_size, (step + 1) * batch_size)
     if not 0 < labelled < n:
         return [int(epoch_order(p // n, n, seed)[p % n]) for p in at]
     groups = ((0, labelled), (labelled, n - labelled))  # first item, how many
-    rows = [(*groups[p % 2], p // 2) for p in at]
-    return [first + int(epoch_order(p // size, size, seed)[p % size]) for first, size, p in rows]
+    drawn = [(*groups[p % 2], p // 2) for p in at]
+    return [first + int(epoch_order(p // size, size, seed)[p % size]) for first, size, p in drawn]
 
 
 def colour_matrix(rng, strength):
@@ -64,10 +64,10 @@ def colour_matrix(rng, strength):
 
 
 def source_positions(n, scale, start, flip, size):
-    """Where n output pixels look along one axis of an image of `size` pixels scaled by `scale`.
+    """Where n output pixels lie along one axis of an image of `size` pixels scaled by `scale`.
 
-    Returns source positions (pixel centres at whole numbers), clamped to the image, and whether
-    they were inside. start: the first output pixel's place in the scaled image.
+    Returns source positions (n,), pixel centres at whole numbers, clamped to the image, and whether
+    they were inside (n,). start: the first output pixel's position in the scaled image.
     """
     at = np.arange(n)[::-1] if flip else np.arange(n)
     at = (start + at + 0.5) / scale - 0.5
@@ -91,7 +91,7 @@ def random_geometry(rng, size, augment):
 
 
 def host_batch(split, step, batch_size, seed, augment, rows):
-    """Batch `step` as it travels: windows cut from the images, and where to look in them.
+    """Batch `step` as it travels: windows cut from the images, positions in them, and labels.
 
     rows: the slice of the batch that this process works on.
     """
@@ -99,7 +99,7 @@ def host_batch(split, step, batch_size, seed, augment, rows):
     labelled = getattr(split, "labelled", 0)  # of a data.Selection
     indices = sample_indices(step, batch_size, len(split), seed, labelled)
     for k in range(batch_size)[rows]:
-        rng = np.random.default_rng([seed, 2, step * batch_size + k])  # the place in the stream
+        rng = np.random.default_rng([seed, 2, step * batch_size + k])  # its place in the stream
         image, label = split.pair(indices[k])
         if augment.fit:  # as eval.prepare does, with antialiasing
             image = np.asarray(Image.fromarray(image).resize(augment.crop[::-1], Image.BILINEAR))
@@ -135,7 +135,7 @@ def nearest_label(label, axes, stride):
 
 
 def collate(items):
-    """Stack; image windows of different sizes share a buffer as large as the largest."""
+    """Stack the items; image windows are padded to their largest height and width."""
     h = max(item["image"].shape[0] for item in items)
     w = max(item["image"].shape[1] for item in items)
     images = np.zeros((len(items), h, w, 3), np.uint8)
@@ -149,7 +149,8 @@ def collate(items):
 def device_batch(batch, device, mean, std):
     """Host batch -> normalised float images (B, 3, h, w) and uint8 labels, both on the device.
 
-    Positions outside the image are 0 after normalisation, and IGNORE in the label.
+    Labels are (B, h, w), or 1/label_stride of that, rounded up. Positions outside the image are 0
+    after normalisation, and IGNORE in the label.
     """
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     images = normalise(resample(batch), mean, std)
@@ -159,7 +160,7 @@ def device_batch(batch, device, mean, std):
 
 
 def resample(batch):
-    """The windows of a batch, sampled at its places (y, x), their colours changed: (B, 3, h, w)."""
+    """A batch's windows, sampled at its positions y (B, h), x (B, w), recoloured: (B, 3, h, w)."""
     images = batch["image"].permute(0, 3, 1, 2).float() / 255  # channels-last (B, 3, H, W)
     (H, W), B = images.shape[2:], len(images)
     y, x = (2 * batch["y"] + 1) / H - 1, (2 * batch["x"] + 1) / W - 1  # grid_sample's coordinates
@@ -172,8 +173,8 @@ def resample(batch):
 
 
 def normalise(images, mean, std):
-    """(B, 3, H, W) in [0, 1] -> what the net was trained on."""
-    mean, std = (  # made on the host: a copy that blocks would wait for all that a GPU has to do
+    """Images (B, 3, H, W) in [0, 1] -> what a net expects: (images - mean) / std by channel."""
+    mean, std = (  # a blocking copy to a GPU would wait for all its queued work
         torch.tensor(v).to(images.device, non_blocking=True).view(1, 3, 1, 1) for v in (mean, std)
     )
     return (images - mean) / std
@@ -182,9 +183,9 @@ def normalise(images, mean, std):
 class Batches(torch.utils.data.Dataset):
     """Item `step` is the host batch of that step: a DataLoader over it can start anywhere.
 
-    batch_size is that of all processes; process `rank` of `world` gets its share. make: what makes
-    a host batch, called as host_batch is. An error in the data is returned, for `stream` to raise,
-    so that no worker process wraps it in a traceback.
+    batch_size counts all processes; process `rank` of `world` gets its share. make: a function
+    called like host_batch. An error in the data is returned, for `stream` to raise, so that no
+    worker process wraps it in a traceback.
     """
 
     def __init__(self, split, batch_size, seed, augment, rank=0, world=1, make=host_batch):
@@ -201,7 +202,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def stream(loader):
-    """The batches of a DataLoader over Batches, an error raised where it occurs."""
+    """The batches of a DataLoader over Batches; raises the UserError that one may return."""
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch

@@ -1,8 +1,8 @@
 """
-Data sets: classes, the one label table, official trees; reading one image and its label.
+Data sets: classes, label tables, official trees; reading one image and its label.
 
-A data set is its class names, a table from the values in its files to 0..K-1 and IGNORE, and a list
-of (stem, image, label) files a split. Nothing after the table knows of void, zero or raw ids.
+A data set is its class names, a table from the values in its files to 0..K-1 and IGNORE, and one
+list of (stem, image, label) files per split. Past the table nothing knows of void, zero or raw ids.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 PHOTO_SUFFIXES = (*IMAGE_SUFFIXES, ".webp", ".bmp", ".tif", ".tiff")  # of photos without labels
 
 # ------------------------------------------------------------------------------------------------
-# what a data set is
+# a data set
 
 
 class Missing(UserError):
-    """A file or folder that the layout has is not there."""
+    """A file or folder that the layout requires is missing."""
 
 
 @dataclasses.dataclass
@@ -40,10 +40,10 @@ class Dataset:
     # split -> [(stem, image path, label path or None where labels are withheld)]; of scenes [index]
     pairs: dict
     ids: tuple | None = None  # K values that --save-preds writes, if not 0..K-1
-    in_parts: bool = False  # whether the first words of the stems are also scored apart
+    in_parts: bool = False  # whether the stems' first folders are also scored separately
 
     def parts_of(self, split):
-        """The part that each image of a split belongs to, or None if there are none."""
+        """The part that each image of a split belongs to; None if the data set has no parts."""
         return [stem.split("/")[0] for stem, *_ in self.pairs[split]] if self.in_parts else None
 
 
@@ -63,7 +63,7 @@ VOC_COLOURS = ((0, 0, 0), *colours(20))
 
 
 def label_table(ids, ignored=()):
-    """ids: the classes' values in files, or their number if 0, 1, ...; ignored: others of void."""
+    """A Dataset's table. ids: the classes' values, or how many if 0, 1, ...; ignored: void's."""
     table = np.full(256, -1, np.int16)
     ids = range(ids) if isinstance(ids, int) else ids
     table[[*ignored, IGNORE]] = IGNORE
@@ -72,7 +72,7 @@ def label_table(ids, ignored=()):
 
 
 def open_dataset(name, data_dir=None, **options):
-    """A Dataset by name, of DATASETS. Raises UserError if its files are not as they should be."""
+    """A Dataset by its name in DATASETS. Raises UserError if its files are not as expected."""
     if name not in DATASETS:
         raise UserError(f"unknown dataset '{name}': choose one of {', '.join(DATASETS)}")
     if name == "scenes":
@@ -94,9 +94,9 @@ def open_dataset(name, data_dir=None, **options):
 
 
 def check_classes(ckpt, net, facts, dataset):
-    """UserError if a checkpoint predicts more, fewer or otherwise ordered classes than there are.
+    """UserError if a checkpoint's classes differ from the data set's in number or order.
 
-    A name that the data set has not may be another spelling: that is told.
+    A name that the data set does not have may be another spelling: that is only a warning.
     """
     n = net.num_classes - (facts["void"] is not None)
     if n != len(dataset.classes):
@@ -113,7 +113,7 @@ def check_classes(ckpt, net, facts, dataset):
 
 
 def complete(facts, num_classes, dataset=None):
-    """facts with names and colours of its classes, where somebody else's checkpoint has none."""
+    """facts, with class names and colours added where somebody else's checkpoint has none."""
     n = num_classes - (facts["void"] is not None)
     by_count = {19: [(name, colour) for name, _, colour in CITYSCAPES], 150: with_colours(ADE20K)}
     by_count[21] = list(zip(VOC, VOC_COLOURS))
@@ -136,7 +136,7 @@ def open_scenes():
 
 
 def open_camvid(root):
-    """The SegNet layout: train/ trainannot/ val/ valannot/, and test/ testannot/ if there."""
+    """The SegNet layout: train/ trainannot/ val/ valannot/, and test/ testannot/ if present."""
     pairs = {}
     for split in ("train", "val", "test"):
         if split == "test" and not (root / split).is_dir():
@@ -148,8 +148,8 @@ def open_camvid(root):
 
 
 def open_folder(root, name="folder", classes=None):
-    """images/STEM.jpg|png, labels/STEM.png, train.txt, val.txt; perhaps test.txt, classes.txt, and
-    unlabelled.txt, the stems of images without labels.
+    """images/STEM.jpg|png, labels/STEM.png, train.txt, val.txt; optional: test.txt, classes.txt,
+    and unlabelled.txt, the stems of images without labels.
     """
     images, labels = files_in(root / "images"), files_in(root / "labels", (".png",))
     pairs = {}
@@ -172,7 +172,7 @@ def open_folder(root, name="folder", classes=None):
 
 
 def open_nyuv2(root):
-    """NYU Depth v2 in the folder layout: 40 classes (Gupta et al., CVPR 2013), or 13 of them."""
+    """NYU Depth v2 as a folder: 40 classes (Gupta et al., CVPR 2013) or their 13 groups."""
     dataset = open_folder(root, "nyuv2", with_colours(NYU40))
     if len(dataset.classes) not in (13, 40):
         n = len(dataset.classes)
@@ -191,7 +191,7 @@ def open_cityscapes(root):
 def open_acdc(root):
     """The official tree: rgb_anon/CONDITION/SPLIT/SEQUENCE/*_rgb_anon.png and gt/."""
     names, ids, palette = zip(*CITYSCAPES)
-    if (root / "rgb_anon_trainvaltest").is_dir():  # unpacked into folders called as the archives
+    if (root / "rgb_anon_trainvaltest").is_dir():  # unpacked into folders named after the archives
         images = ("rgb_anon_trainvaltest/rgb_anon", "*/{}/*", "_rgb_anon.png")
         labels = ("gt_trainval/gt", "_gt_")
     else:
@@ -203,9 +203,9 @@ def open_acdc(root):
 def open_street(root, images, labels, ids):
     """(table, pairs) of a tree of street scenes with Cityscapes' labels.
 
-    images: folder, pattern of the folders of a split, end of the names; labels: folder, start of
-    the ends of their names. labelTrainIds are used if all are there; they come of the official
-    preparation script, which nobody needs here: labelIds are mapped by the table as they are read.
+    images: folder, pattern of a split's folders, end of the file names; labels: folder, beginning
+    of the end of theirs. labelTrainIds are used if all exist. The official preparation script,
+    which makes them, is not needed: labelIds are mapped by the table as they are read.
     """
     (images, pattern, end), (folder, mark) = images, labels
     found = {}  # split -> [(stem, image, label without its end)]
@@ -233,7 +233,7 @@ def open_street(root, images, labels, ids):
 
 
 def open_voc2012(root):
-    """The official tree (VOCdevkit/VOC2012); trains on trainaug if it and its labels are there."""
+    """The official tree (VOCdevkit/VOC2012); trains on trainaug if it and its labels exist."""
     root = inside(root, "VOCdevkit/VOC2012", "VOC2012")
     lists, images = root / "ImageSets/Segmentation", files_in(root / "JPEGImages")
     labels = files_in(root / "SegmentationClass", (".png",))
@@ -301,7 +301,7 @@ DATASETS = {
 
 
 def inside(root, *names):
-    """The first of these folders in root, or root itself."""
+    """The first of these folders that exists in root, or root itself."""
     return next((root / name for name in names if (root / name).is_dir()), root)
 
 
@@ -310,7 +310,7 @@ def read_lines(path):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         return [line.strip() for line in lines if line.strip()]
     except FileNotFoundError:
-        raise Missing(f"{path}: no such file (it lists the split's stems, one a line)") from None
+        raise Missing(f"{path}: no such file (it lists the split's stems, one per line)") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8, save it as such") from None
 
@@ -336,7 +336,7 @@ def read_classes(path):
 
 
 def count_classes(paths, root):
-    """Without classes.txt: as many classes as the largest label says, with numbers for names."""
+    """Without classes.txt: one class per id up to the largest in the labels, named by number."""
     print(f"{root}/classes.txt is not there: reading {len(paths)} labels to count the classes")
 
     def largest(path):
@@ -365,11 +365,12 @@ def files_in(folder, suffixes=IMAGE_SUFFIXES):
 
 
 def is_image(name, suffixes=PHOTO_SUFFIXES):
-    """By its name. A hidden one, ._a.jpg, is what a Mac keeps beside a.jpg, and no image."""
+    """By the name. Hidden files are no images: macOS keeps ._a.jpg beside a.jpg."""
     return name.lower().endswith(suffixes) and name[0] != "."
 
 
 def pair_up(images, labels, stems, source):
+    """[(stem, image, label)]; UserError, naming `source`, if a file is missing."""
     for what, found in (("image", images), ("label", labels)):
         missing = [s for s in stems if s not in found]
         if missing:
@@ -387,7 +388,7 @@ def pair_up(images, labels, stems, source):
 def open_image(path):
     try:
         image = Image.open(path)
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses twice as many
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow only refuses twice as many
             raise Image.DecompressionBombError(f"{image.width}x{image.height}")
         image.load()
         return image
@@ -402,7 +403,7 @@ def read_image(path):
 
 
 def upright(image, path):
-    """(H, W, 3) uint8 of an open image, upright whatever the camera's EXIF orientation."""
+    """(H, W, 3) uint8 pixels of an open image, turned upright by its EXIF orientation."""
     if image.mode[0] in "IF":
         words = "photos must have 8 bits a channel (from 16 bits: divide by 257)"
         raise UserError(f"{path}: mode {image.mode}; {words}")
@@ -423,13 +424,13 @@ def read_mat(path, *names):
             if (found[name] != array).any():
                 raise ValueError(f"others in {name}")
         return whole
-    except Exception as e:  # what it may raise on rubbish has no end
+    except Exception as e:  # rubbish can raise anything
         words = f"no MATLAB file up to v7 with whole numbers as {' and '.join(names)}"
         raise UserError(f"{path}: {words} ({type(e).__name__}: {e})") from e
 
 
 def read_label(path):
-    """(H, W) uint8: the values in the file; of a palette image its indices."""
+    """(H, W) uint8: the values in the file, which are indices in a palette image."""
     label = read_mat(path, "S")[0] if path.suffix == ".mat" else np.asarray(open_image(path))
     if label.ndim != 2:
         raise UserError(
@@ -469,7 +470,7 @@ def read_pair(pair, table):
 
 
 def fit_label(label, image, pair, table):
-    """The train ids of a label as read; an error if it is of another size than its image."""
+    """The train ids of a label as read; UserError if it is tiny or not of its image's size."""
     _, image_path, label_path = pair
     if image.shape[:2] != label.shape:
         (h, w), (lh, lw) = image.shape[:2], label.shape
@@ -483,7 +484,7 @@ def fit_label(label, image, pair, table):
 
 
 def in_parallel(work, items, title):
-    """work(item) of all items, by threads and in order, telling now and then how far it is."""
+    """Yield work(item) of all items, computed by threads, in order; prints progress lines."""
     progress = Progress(title, len(items))
     with ThreadPoolExecutor() as pool:
         for done in range(0, len(items), 32):  # a few at a time: memory stays small

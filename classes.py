@@ -1,9 +1,10 @@
 """
-Class names, and the colours and ids that belong to them, as the data sets publish them.
+Class names with their colours and ids, as the data sets publish them.
 """
 
 
 def names_in(names):
+    """The names of a comma-separated list, free of line breaks."""
     return tuple(" ".join(name.split()) for name in names.split(","))
 
 
@@ -53,8 +54,8 @@ desk, shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, bo
 television, paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink,
 lamp, bathtub, bag, otherstructure, otherfurniture, otherprop"""
 )
-# Of the 894 labels of the release, from 1, those that Gupta et al. took for their classes 1 to 37,
-# for 38 and for 39; all others are 40, otherprop.
+# Of the release's 894 labels, counted from 1: those that Gupta et al. map to their classes 1 to 37,
+# one each, to 38 and to 39; all others are 40, otherprop.
 NYU_CLASSES_1_TO_37 = """
     21 11 3 157 5 83 19 28 59 88 64 7 80 36 42 89 169 119 122 143 141 4 85 17 172 15 135 123 26 45
     331 158 124 24 144 136 55"""
@@ -71,7 +72,7 @@ NYU13 = names_in(
     """
 bed, books, ceiling, chair, floor, furniture, objects, picture, sofa, table, tv, wall, window"""
 )
-# For each of the 40 classes the one of these 13 (Couprie et al., 2013), both counted from 1.
+# For each of the 40 classes its group of these 13 (Couprie et al., 2013), both counted from 1.
 NYU40_TO_13 = (
     *(12, 5, 6, 1, 4, 9, 10, 12, 13, 6, 8, 6, 13, 10, 6, 13, 6, 7, 7, 5),
     *(7, 3, 2, 6, 11, 7, 7, 7, 7, 7, 7, 6, 7, 7, 7, 7, 7, 7, 6, 7),
@@ -93,7 +94,7 @@ microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, h
 traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower,
 radiator, glass, clock, flag"""
 )
-# COCO-Stuff: 80 things and 91 stuffs. Ids run from 0 to 181; eleven things were never annotated
+# COCO-Stuff: 80 things, 91 kinds of stuff. Ids run from 0 to 181; eleven were never annotated
 COCO_STUFF = names_in(
     """
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,

@@ -1,7 +1,7 @@
 """
 Image classifiers: an encoder and one Linear, as MiTs are pre-trained; and plain vision transformers
-(DeiT), between which the manifold paper distils. Called as every net here: `net(images)` returns an
-Output, its logits (B, K).
+(DeiT), between which the manifold paper distils. Like every net here, `net(images)` returns an
+Output; its logits are (B, K).
 """
 
 import torch
@@ -14,20 +14,20 @@ from files import UserError, load_tensors, save_tensors
 from nets import Output
 
 VITS = {"vit_tiny": (192, 3), "vit_small": (384, 6)}  # width and heads of DeiT's, 12 blocks each
-BLOCKS = (0, 1, 2, 3, 8, 9, 10, 11)  # of a ViT: its features, those that manifold compares
+BLOCKS = (0, 1, 2, 3, 8, 9, 10, 11)  # of a ViT: their outputs, which manifold compares
 NAMES = (*model.MODELS, *VITS)
 
 
 class Classifier(nn.Module):
     """An encoder of model.py; its last map, averaged over the positions, goes through one Linear.
 
-    features are the four stages' maps (B, C_i, H_i, W_i). The encoder's tensors have the names that
-    they have in the segmenter, so that training can start there from a file of these.
+    features are the four stages' maps (B, C_i, H_i, W_i). The encoder's tensors are named as
+    in the segmenter, so that training can start there from this classifier's file.
     """
 
     def __init__(self, name, num_classes, drop_path=None):
         super().__init__()
-        net = model.build(name, 2, drop_path)  # its head is not kept
+        net = model.build(name, 2, drop_path)  # its head is dropped
         self.name, self.num_classes, self.channels = name, num_classes, net.channels
         self.encoder = net.encoder
         self.classifier = nn.Linear(self.channels[-1], num_classes)
@@ -40,9 +40,9 @@ class Classifier(nn.Module):
 
 
 class ViT(VisionTransformer):
-    """torchvision's, first weights included, for images of one size; patch: pixels along its side.
+    """torchvision's, with its initialisation, for images of one size; patch: its side in pixels.
 
-    features are the tokens that BLOCKS put out, as maps (B, width, size / patch, size / patch),
+    features are the outputs of BLOCKS, as maps (B, width, size / patch, size / patch),
     without the class token.
     """
 
@@ -67,20 +67,20 @@ class ViT(VisionTransformer):
 def build(name, num_classes, size, patch=None, drop_path=None):
     """A classifier with random weights, for images of size x size.
 
-    name: one of NAMES. patch, of a ViT: 16, or 8 for images below 128, if None; drop_path, of all
-    others: the rate of stochastic depth, if not as published. Raises UserError if the size is not
-    for this net, and if it has no patches, or no drop_path, to choose.
+    name: one of NAMES. patch, of ViTs: if None, 16, or 8 for images below 128; drop_path, of all
+    others: the rate of stochastic depth, if None as published. Raises UserError if the size does
+    not suit the net, and for a patch or drop_path that the net does not have.
     """
     if name not in NAMES:
         raise UserError(f"unknown model '{name}': choose one of {', '.join(NAMES)}")
     if name not in VITS:
         if patch:
-            raise UserError(f"--patch has no effect on {name}: its patches are what they are")
+            raise UserError(f"--patch has no effect on {name}: its patches are fixed")
         if size < 32:
             raise UserError(f"--size {size}: {name} needs 32 at least")
         return Classifier(name, num_classes, drop_path)
     if drop_path is not None:
-        raise UserError(f"--drop-path has no effect on {name}: DeiT's blocks, without")
+        raise UserError(f"--drop-path has no effect on {name}: it has no stochastic depth")
     patch = patch or default_patch(size)
     if size % patch:
         raise UserError(f"--size {size}: {name} cuts it into patches of {patch}; take a multiple")

@@ -1,5 +1,5 @@
 """
-Splits of a data set and their decode-once cache; and the command for everything about data.
+Splits of a data set and their decode-once cache; the command that checks and writes data sets.
 
     python data.py check --dataset camvid --data-dir D     # what is in D, and what is wrong with it
     python data.py scenes --out-dir D                      # the drawn scenes as files
@@ -29,7 +29,7 @@ from files import UserError, as_flag, cli, some
 from sources import SOURCES
 
 # ------------------------------------------------------------------------------------------------
-# a split: len(), image(i), label(i); from a memory map or from the files
+# a split: len(), pair(i), image(i), label(i); from a memory map or from the files
 
 
 class Packed:
@@ -108,12 +108,12 @@ def evenly(split, n):
 
 
 def some_of(split):
-    """Indices of up to 32 of its images, to estimate by."""
+    """Indices of up to 32 of its images, for estimates."""
     return evenly(split, min(len(split), 32))
 
 
 def short_side(split):
-    """The usual shorter side of a split's images, in pixels: the median, of some of them."""
+    """The usual shorter side of a split's images in pixels: the median over some of them."""
     return int(np.median([min(split.image(i).shape[:2]) for i in some_of(split)]))
 
 
@@ -122,7 +122,7 @@ def subset(split, n):
 
 
 def few_labels(split, n, others=()):
-    """A split with n of its labels, those of `subset`, and `others`, a split without any."""
+    """A split with only n of its labels, those of `subset`; then `others`, a split with none."""
     taken = evenly(split, n)
     rest = np.setdiff1d(np.arange(len(split)), taken)
     places = [(split, i) for i in [*taken, *rest]] + [(others, i) for i in range(len(others))]
@@ -148,7 +148,7 @@ def open_split(dataset, split, data_dir=None, cache="on", cache_dir=None, cache_
 
 
 def open_packed(folder, n, with_labels=True):
-    """The n images in a folder of the cache; UserError if it is not whole."""
+    """The n images in a folder of the cache; UserError if it is incomplete."""
     names = ("images.bin", "labels.bin")[: 1 + with_labels]
     try:
         index = np.load(folder / "index.npy")
@@ -158,15 +158,15 @@ def open_packed(folder, n, with_labels=True):
     except (OSError, ValueError, EOFError, IndexError):
         whole = False
     if not whole:
-        raise UserError(f"{folder}: a damaged cache; remove this folder, and it is built anew")
+        raise UserError(f"{folder}: a damaged cache; remove this folder, and it is rebuilt")
     images, labels = (*maps, None)[:2]
     return Packed(images, labels, index)
 
 
 def is_cached(folder, split, title, cache_gb):
-    """Whether a folder holds what is in a split, which is decoded now if it was not.
+    """Whether a folder of the cache holds a split, which is decoded into it now if necessary.
 
-    False if that would pass --cache-gb, or half of what is free there.
+    False if that would take more than --cache-gb, or than half of the free space.
     """
     remove_stale_builds(folder.parent)
     if folder.is_dir():
@@ -199,7 +199,7 @@ def remove_stale_builds(home):
 
 
 def pack_scenes(pairs, table):
-    """Scenes are drawn faster than a cache is read from a cold disk: they stay in memory."""
+    """The scenes, in memory: they are drawn faster than a cache is read from a cold disk."""
     drawn = [read_pair(i, table) for i in pairs]
     images = np.concatenate([image.reshape(-1) for image, _ in drawn])
     labels = np.concatenate([label.reshape(-1) for _, label in drawn])
@@ -215,7 +215,7 @@ def index_of(sizes):
 
 
 def check_cache(args):
-    """UserError for flags about the cache beside --cache off."""
+    """UserError for flags of the cache together with --cache off."""
     for name in ("cache_dir", "cache_gb"):
         if args.cache == "off" and getattr(args, name, None) is not None:
             raise UserError(f"{as_flag(name)} has no effect with --cache off")
@@ -237,7 +237,7 @@ def cache_folder(data_dir, cache_dir):
 
 
 def cache_key(dataset, pairs):
-    """Changes with any file's name, size or time, and with the label table."""
+    """A hash of the files' names, sizes and times and of the label table."""
     facts = [dataset.table.tobytes().hex()]
     for _, *paths in pairs:
         for path in filter(None, paths):
@@ -247,7 +247,7 @@ def cache_key(dataset, pairs):
 
 
 def build_cache(folder, split, title):
-    """Decode a split, in parallel, into a folder that gets its name when it is complete."""
+    """Decode a split, in parallel, into a folder that gets its name when complete."""
     tmp = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
     try:
         tmp.mkdir()
@@ -265,19 +265,19 @@ def build_cache(folder, split, title):
 
 
 def decode(split, folder, title):
-    """Append every image and label to images.bin and labels.bin, in order; the images' sizes."""
+    """Write all images to images.bin and labels to labels.bin, in order; returns their sizes."""
     sizes = []
     with open(folder / "images.bin", "wb") as images, open(folder / "labels.bin", "wb") as labels:
         for image, label in in_parallel(split.pair, range(len(split)), f"cache {title}"):
             images.write(image.tobytes())
             labels.write(label.tobytes())
             sizes.append(image.shape[:2])
-            os.utime(folder)  # still alive
+            os.utime(folder)  # shows that this build is not stale
     return sizes
 
 
 def fingerprint(dataset, splits):
-    """Changes with the name of any file of these splits, and with its size; not with its folder."""
+    """A hash of the label table and the files' stems and sizes, but not of their folder."""
     facts = hashlib.sha256(dataset.table.tobytes())
     for pair in [pair for split in splits for pair in dataset.pairs[split]]:
         stem, *paths = [pair] if isinstance(pair, int) else pair
@@ -286,9 +286,9 @@ def fingerprint(dataset, splits):
 
 
 def check_labels(split, classes, whose):
-    """UserError if labels say nothing at all, and a warning if they are of one class only.
+    """UserError if all labels are void, and a warning if they have one class only.
 
-    The labels are all read if some of them say so little.
+    All labels are read only if a sample of them shows one class at most.
     """
     pixels = sum(np.bincount(split.label(i).ravel(), minlength=256) for i in some_of(split))
     if np.count_nonzero(pixels[:IGNORE]) < 2:
@@ -323,7 +323,7 @@ def class_weights(split, num_classes):
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Look at a data set, or write one", allow_abbrev=False
+        description="Check, write or download a data set", allow_abbrev=False
     )
     sub = parser.add_subparsers(required=True, metavar="{check,scenes,download,nyuv2}")
     p = sub.add_parser("check", help="read every file of a data set and say what is wrong with it")
@@ -334,31 +334,31 @@ def get_args(argv=None):
         "scenes", help="write the drawn street scenes as files, in the folder layout"
     )
     p.add_argument("--out-dir", required=True, help="a new folder")
-    p.add_argument("--count", type=int, default=100, help="scenes a split, at most")
+    p.add_argument("--count", type=int, default=100, help="scenes per split, at most")
     p.set_defaults(run=prepare.export_scenes)
-    p = sub.add_parser("download", help="fetch a data set, if anybody may; else say where it is")
+    p = sub.add_parser("download", help="fetch a data set, or say how to get it")
     p.add_argument("name", help=f"one of {', '.join(SOURCES)}")
     p.add_argument(
-        "--data-dir", required=True, help="where it goes; a download that was cut goes on there"
+        "--data-dir", required=True, help="where it goes; interrupted downloads resume there"
     )
     p.add_argument(
         "--keep-archive",
         action="store_true",
-        help="leave the fetched files there, to unpack or convert them again (default: removed)",
+        help="keep the fetched files, to unpack or convert them again (default: removed)",
     )
     p.set_defaults(run=prepare.download)
-    p = sub.add_parser("nyuv2", help="make the folder layout of NYUv2's original MATLAB files")
-    p.add_argument("--mat", required=True, help="nyu_depth_v2_labeled.mat, 2.8 GB, never all read")
+    p = sub.add_parser("nyuv2", help="convert NYUv2's MATLAB files to the folder layout")
+    p.add_argument("--mat", required=True, help="nyu_depth_v2_labeled.mat, 3 GB, read in parts")
     p.add_argument("--splits", required=True, help="splits.mat: the official 795 train, 654 test")
-    p.add_argument("--map", help="a classMapping40.mat of your own; the usual one is known")
+    p.add_argument("--map", help="a classMapping40.mat of your own (default: the usual one)")
     p.add_argument(
         "--classes",
         type=int,
         choices=(40, 13),
         default=40,
-        help="40 as most papers, or the 13 groups of them that others score",
+        help="40, as in most papers, or their 13 groups, which others score",
     )
-    p.add_argument("--out-dir", required=True, help="pictures that are there are kept")
+    p.add_argument("--out-dir", required=True, help="existing pictures in it are kept")
     p.set_defaults(run=prepare.convert_nyuv2)
     return parser.parse_args(argv)
 

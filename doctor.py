@@ -1,7 +1,7 @@
 """
-The label doctor: what is in a data set, and what is wrong with it, in words.
+The label doctor: reports what is in a data set, and what is wrong with it.
 
-Every file is read once, and little is kept of it (`Seen`); `mistakes.py` knows what is wrong.
+Every file is read once, and only a few counts of it are kept (`Seen`); `mistakes.py` judges them.
 """
 
 import collections
@@ -30,13 +30,13 @@ def no_pixels():
 
 @dataclasses.dataclass
 class Seen:
-    """What one pair of files shows."""
+    """What the doctor saw in one pair of files."""
 
     stem: str
     size: tuple | None = None  # of the image, if the pair can be used
     error: str | None = None  # if it cannot
-    mistake: tuple | None = None  # (words for it, what this pair shows of it)
-    counts: np.ndarray = dataclasses.field(default_factory=no_pixels)  # of each value in the file
+    mistake: tuple | None = None  # (message, what this pair shows of it)
+    counts: np.ndarray = dataclasses.field(default_factory=no_pixels)  # pixels of each value
     edges: int = 0  # see edges_of
     edges_at_0: int = 0
     narrow: int = 0
@@ -74,10 +74,10 @@ def examine(pair, dataset):
 
 
 def edges_of(label):
-    """(edges, those at 0, pixels unlike both neighbours, of these, by value, those in between).
+    """(edges, edges at 0, pixels unlike both neighbours, (256,) pixels in between by value).
 
-    In between is a pixel with a lower neighbour and a higher one: interpolation leaves such pixels
-    at the edges of any two classes that are not consecutive.
+    A pixel is in between if one neighbour is lower and the other higher: interpolation leaves such
+    pixels at the edges of any two classes that are not consecutive.
     """
     edges, at_0, narrow, between = 0, 0, 0, no_pixels()
     for y in (label, label.T):
@@ -91,7 +91,7 @@ def edges_of(label):
 
 
 def contrast_of(image, label, turn):
-    """Mean step of an image at its label's edges; and at those of the label turned as the image."""
+    """An image's mean step at its label's edges, and at the edges of the label turned like it."""
     if turn not in range(2, 9):  # 1 is upright
         return 0, 0
     picture = Image.fromarray(label)
@@ -118,7 +118,7 @@ def open_for_check(name, data_dir):
 
 
 def keep_counted(dataset, splits):
-    """Keep as many of the 255 as the labels count."""
+    """The data set with only as many of its 255 classes as the labels have."""
     values = np.flatnonzero(mistakes.pixels_of(mistakes.every(splits))[:IGNORE])
     n = int(max(values, default=0)) + 1
     print(f"no classes.txt: {n} classes, counted in the labels")
@@ -127,11 +127,11 @@ def keep_counted(dataset, splits):
 
 
 # ------------------------------------------------------------------------------------------------
-# telling
+# reporting
 
 
 def check(args):
-    """python data.py check: sizes, histogram and what is wrong; UserError if anything surely is."""
+    """python data.py check: sizes, histogram, mistakes; UserError if any is more than a guess."""
     dataset, splits = open_for_check(args.dataset, args.data_dir), {}
     for split, pairs in dataset.pairs.items():
         work = functools.partial(examine, dataset=dataset)
@@ -171,13 +171,13 @@ def print_findings(how_sure, found):
 
 
 def report(split, files, dataset, in_split):
-    """Print what a split holds and what is wrong; returns the mistakes that single files show."""
+    """Print a split's contents and mistakes; returns the mistakes that single pairs show."""
     sizes = sorted({seen.size for seen in files if seen.size})
     shown = some([f"{w}x{h}" for h, w in sizes], 4) or "none readable"
     print(f"{split}: {len(files)} images, {len(sizes)} size(s): {shown}")
     wrong = [seen.error for seen in files if seen.error]
     print("\n".join(wrong[:10] + ["..."] * (len(wrong) > 10)) or "  every pair is readable")
-    alike = {}  # words -> the pairs that show this mistake
+    alike = {}  # message -> the pairs that show this mistake
     for seen in files:
         if seen.mistake:
             alike.setdefault(seen.mistake[0], []).append(seen)
@@ -199,8 +199,8 @@ def report(split, files, dataset, in_split):
 
 
 def same_images(pairs):
-    """Images that a split has more than once, and images to learn from that are in val too: under
-    the same name, or as another, same file."""
+    """Messages on images that a split has more than once, and on images to learn from that are in
+    val too: the same file, or another with the same bytes."""
     splits = [split for split in ("train", "unlabelled") if split in pairs]
     found = [words for split in (*splits, "val") for words in repeated(split, pairs)]
     digest = functools.cache(downloads.digest)
@@ -239,7 +239,7 @@ def same_as_in_val(split, pairs, digest):
 
 
 def report_spare_files(root, dataset):
-    """Files of the folder layout that train.txt, val.txt and test.txt do not name."""
+    """Print which files of the folder layout are in no split."""
     named = {pair[0] for pairs in dataset.pairs.values() for pair in pairs}
     for folder in ("images", "labels"):
         spare = sorted(files_in(root / folder).keys() - named) if (root / folder).is_dir() else []

@@ -1,5 +1,5 @@
 """
-Downloads that go on where they were cut, and archives that cannot write outside their folder.
+Downloads that resume after an interruption, and archives that cannot write outside their folder.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from pathlib import Path
 
 from files import Progress, UserError, nearest_existing, write_text
 
-TRIES = 4  # of a download that gets no further
-PAUSE = 2  # seconds before the second try; twice as long before each further one
-TELL = 5  # seconds between two lines of progress
-BLOCK = 1 << 16  # bytes read at a time: small, so that progress is told on slow lines too
+TRIES = 4  # of a download that makes no progress
+PAUSE = 2  # seconds before the second try, doubled before each further one
+TELL = 5  # seconds between progress lines
+BLOCK = 1 << 16  # bytes read at a time: few, so that slow connections show progress too
 
 
 def need_space(folder, need, what):
-    """UserError if `need` bytes do not fit on the disk of `folder`, which need not be there yet."""
+    """UserError if `need` bytes do not fit on the disk of `folder`, which need not exist yet."""
     folder = nearest_existing(folder)
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -35,7 +35,7 @@ def need_space(folder, need, what):
 
 
 class Cut(Exception):
-    """A transfer that did not come to its end; another try may go on from there, or may not."""
+    """A transfer that was not completed; again: whether another try may succeed."""
 
     def __init__(self, message, again=True):
         super().__init__(message)
@@ -43,12 +43,12 @@ class Cut(Exception):
 
 
 def download(url, path, size=None, sha256=None, md5=None):
-    """Fetch a URL into a file, which gets its name when it is whole and its hash is right.
+    """Fetch a URL into a file, which gets its name when it is complete and its hash is right.
 
-    PATH.part keeps what has come, through cuts, Ctrl-C and kills; the next call goes on from there.
-    A file that is there already, put there by hand perhaps, is checked and kept.
-    size is in bytes; it and the hexadecimal hashes (one, or a tuple of which one must be right; the
-    beginning of one will do) are checked if given. Raises UserError.
+    PATH.part keeps what has arrived, through cut connections, Ctrl-C and kills; the next call
+    resumes there. An existing file, perhaps put there by hand, is checked and kept.
+    size, in bytes, and the hexadecimal hashes (one, or a tuple of alternatives; a prefix is enough)
+    are checked if given. Raises UserError.
     """
     if not url.startswith(("http://", "https://")):
         raise UserError(f"{url}: not downloaded, only http:// and https:// are")
@@ -87,11 +87,11 @@ def download(url, path, size=None, sha256=None, md5=None):
 
 
 def fetch_once(url, part, note, size, checked):
-    """One try: append to `part` what it lacks, or begin anew if it may be of another file.
+    """One try: append to `part` what it lacks, or start over if it may be from another file.
 
-    note says of which version and length of the file `part` is the beginning. Where the server
-    tells no version the length has to do, but only if a hash is checked at the end.
-    Raises Cut; UserError if it is not the file that is wanted; OSError if the disk is at fault.
+    note records the version and length of the file of which `part` is the beginning. Where the
+    server gives no version, the length must do, but only if a hash is checked at the end.
+    Raises Cut; UserError if it is not the expected file; OSError if the disk is at fault.
     """
     title, have, was = part.name.removesuffix(".part"), 0, {}
     if part.exists() and note.exists():
@@ -113,7 +113,7 @@ def fetch_once(url, part, note, size, checked):
                 raise Cut("the file on the server has changed")
         else:
             have, total = 0, reply.length  # from Content-Length, None if there is none
-            if reply.headers.get_content_type() == "text/html":  # of a login, or of a hotel
+            if reply.headers.get_content_type() == "text/html":  # a login, a hotel's network
                 raise Cut("a web page in place of the file", again=False)
             if size and total and total != size:
                 words = "another file by now? Not fetched; look at its page"
@@ -125,7 +125,7 @@ def fetch_once(url, part, note, size, checked):
             write_text(note, json.dumps({"url": url, "version": version, "total": total}))
         need_space(part.parent, (total or 0) - have, title)
         length = f", {total / 1e6:.1f} MB" if total else ""
-        at = f", going on at {have / 1e6:.1f} MB" if have else ""
+        at = f", resuming at {have / 1e6:.1f} MB" if have else ""
         print(f"{title}: from {url}{length}{at}", flush=True)
         progress = Progress(f"{title}, MB", (total or 0) / 1e6, TELL, have / 1e6)
         with open(part, "ab") as file:
@@ -138,11 +138,11 @@ def fetch_once(url, part, note, size, checked):
 
 
 def ask(url, headers, part):
-    """The server's reply to a GET. Raises Cut if it does not give the file."""
+    """The server's reply to a GET request. Raises Cut if it does not send the file."""
     try:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
     except urllib.error.HTTPError as e:
-        if e.code == 416:  # our part does not end within the file
+        if e.code == 416:  # our part is not shorter than the file
             part.unlink()
             raise Cut("the file on the server has another length than it had") from e
         again = e.code in (408, 429) or e.code >= 500
@@ -152,7 +152,7 @@ def ask(url, headers, part):
 
 
 def receive(reply):
-    """The next bytes, none at the end. Raises Cut."""
+    """The next bytes, empty at the end. Raises Cut."""
     try:
         return reply.read(BLOCK)
     except (OSError, http.client.HTTPException) as e:
@@ -160,7 +160,7 @@ def receive(reply):
 
 
 def wrong_file(path, size=None, sha256=None, md5=None):
-    """What is wrong with a file, in words, or None: its size in bytes, its hexadecimal hashes."""
+    """How a file differs in size (bytes) or hash (hexadecimal), as text, or None."""
     if size and path.stat().st_size != size:
         return f"{path.stat().st_size} bytes, expected {size}"
     for name, want in (("sha256", sha256), ("md5", md5)):
@@ -188,8 +188,8 @@ def digest(path, name="sha256"):
 def unpack(archive, folder, only=None):
     """Unpack a zip, tar or tar.gz into a folder: all of it, or nothing.
 
-    only: "*/CamVid" takes what lies in that folder of the archive, without the path to it.
-    Raises UserError if a name is taken, or if the archive is damaged or not safe.
+    only: "*/CamVid" takes the contents of that folder of the archive, without the path to it.
+    Raises UserError if a name is taken, or if the archive is damaged or unsafe.
     """
     archive, folder = Path(archive), Path(folder)
     tmp = folder / f"{archive.name}.unpacking"
@@ -208,7 +208,7 @@ def unpack(archive, folder, only=None):
         print(f"{archive.name}: unpacked into {folder}", flush=True)
     except UserError:
         raise
-    except Exception as e:  # what reading a damaged archive may raise has no end
+    except Exception as e:  # reading a damaged archive can raise anything
         if getattr(e, "errno", None):
             raise UserError(f"cannot unpack {archive} into {folder}: {e.strerror or e}") from e
         why = str(e) or type(e).__name__
@@ -218,7 +218,7 @@ def unpack(archive, folder, only=None):
 
 
 def extract(archive, folder):
-    """All of it; nothing gets out of the folder: zipfile mends such names and makes no links."""
+    """Extract all of it, into the folder only: zipfile repairs unsafe names and makes no links."""
     tar = tarfile.is_tarfile(archive)
     with tarfile.open(archive) if tar else zipfile.ZipFile(archive) as box:
         members = box.getmembers() if tar else box.infolist()
@@ -227,11 +227,11 @@ def extract(archive, folder):
             progress.at(done)
             box.extract(member, folder, **(dict(filter=plain) if tar else {}))
         while tar and box.fileobj.read(BLOCK):
-            pass  # to the end: there lies the checksum of a tar.gz
+            pass  # to the end, where a tar.gz has its checksum
 
 
 def plain(member, folder):
-    """tarfile's "data" filter, and no links: chains of them have fooled it, data sets have none."""
+    """tarfile's "data" filter and no links: chains of them have fooled it; data sets need none."""
     if not (member.isreg() or member.isdir()):
         raise tarfile.SpecialFileError(member)
     return tarfile.data_filter(member, folder)

@@ -37,7 +37,7 @@ from nets import resize
 
 
 def confusion(prediction, label, num_classes):
-    """(K, K) int64: rows are labels, columns predictions, IGNORE left out. Both (...) integer."""
+    """(K, K) int64: rows are labels (integer, any shape), columns predictions; no IGNORE."""
     prediction, label = prediction.flatten().long(), label.flatten().long()
     valid = label != IGNORE
     cells = label[valid] * num_classes + prediction[valid]
@@ -45,14 +45,14 @@ def confusion(prediction, label, num_classes):
 
 
 def boundary(labels, d):
-    """Pixels of (B, H, W) within d (a square of side 2d + 1) of another label or the image's edge.
+    """(B, H, W) bool: within d (a square of side 2d + 1) of another label or the image's edge.
 
-    It is the mask of class k minus its erosion, for all k at once (Cheng et al., CVPR 2021): the
+    This is the mask of class k minus its erosion, for all k at once (Cheng et al., CVPR 2021): the
     pixels of the square are all equal iff no two neighbours in it differ, and a summed-area table
-    counts those that do at a cost that does not grow with d.
+    counts those that do at a cost independent of d.
     """
     x = F.pad(labels.int(), (d, d, d, d), value=-1)  # (B, H + 2d, W + 2d)
-    across = box_sum(x[:, :, 1:] != x[:, :, :-1], 2 * d + 1, 2 * d)
+    across = box_sum(x[:, :, 1:] != x[:, :, :-1], 2 * d + 1, 2 * d)  # (B, H, W)
     down = box_sum(x[:, 1:] != x[:, :-1], 2 * d, 2 * d + 1)
     return across + down > 0
 
@@ -64,10 +64,13 @@ def box_sum(x, h, w):
 
 
 def boundary_counts(prediction, label, num_classes):
-    """(2, K) int64: intersection and union of the boundary regions, 2 % of the diagonal wide."""
+    """(2, K) int64: intersection and union of the boundary regions, 2 % of the diagonal wide.
+
+    prediction, label: (B, H, W).
+    """
     h, w = label.shape[1:]
     d = max(1, round(0.02 * (h**2 + w**2) ** 0.5))
-    prediction = torch.where(label == IGNORE, IGNORE, prediction)  # no edges where nothing is known
+    prediction = torch.where(label == IGNORE, IGNORE, prediction)  # no edges inside void
     p = torch.where(boundary(prediction, d), prediction, IGNORE).flatten().long()
     g = torch.where(boundary(label, d), label, IGNORE).flatten().long()
     n_p, n_g, both = (torch.bincount(v, minlength=256)[:num_classes] for v in (p, g, p[p == g]))
@@ -108,8 +111,8 @@ def scores(matrix, edges, num_classes=None):
 
 
 def predict(net, images, size, scales=(1.0,), flip=False, window=None, stride=None):
-    """Scores (B, K, *size) of normalised images (B, 3, H, W): logits, or with several views the
-    mean of their softmaxes. window, stride: side and step of a sliding window of averaged logits.
+    """Scores (B, K, *size) of normalised images (B, 3, H, W): logits, or the mean softmax of
+    several views. window, stride: side and step of a sliding window, whose logits are averaged.
     """
     views = [(s, f) for s in scales for f in ((False, True) if flip else (False,))]
     total = 0
@@ -129,7 +132,7 @@ def predict(net, images, size, scales=(1.0,), flip=False, window=None, stride=No
 
 
 def slide(net, x, window, stride):
-    """Mean logits (B, K, H, W) of windows that cover x (B, 3, H, W), the last at its very end."""
+    """Mean logits (B, K, H, W) of windows that cover x (B, 3, H, W), the last at its end."""
     H, W = x.shape[2:]
     starts = [sorted({*range(0, max(n - window, 0), stride), max(n - window, 0)}) for n in (H, W)]
     total = torch.zeros(len(x), net.num_classes, H, W, device=x.device)
@@ -137,20 +140,21 @@ def slide(net, x, window, stride):
     for top in starts[0]:
         for left in starts[1]:
             at = (..., slice(top, top + window), slice(left, left + window))
-            total[at] += resize(net(x[at]).logits.float(), x[at].shape[2:])
+            logits = net(x[at]).logits.float()  # (B, K, h, w)
+            total[at] += resize(logits, x[at].shape[2:])
             count[at[1:]] += 1
     return total / count
 
 
 def autocast(device, dtype):
-    """bf16 or fp16 autocast, or nothing for float32."""
+    """A context of bf16 or fp16 autocast; without effect for float32."""
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, getattr(torch, dtype))
 
 
 def groups(split, indices, batch_size):
-    """Neighbouring indices with images of one size, at most batch_size of them, and the images."""
+    """Yield up to batch_size neighbouring indices whose images have one size, and the images."""
     group, images = [], []
     for i in indices:
         image = split.image(i)
@@ -187,15 +191,15 @@ def evaluate(
     save=None,
     **views,
 ):
-    """Metrics of `net` on a split, this process scoring every world-th image, none of them twice.
+    """Metrics of `net` on a split. Of N processes each scores every N-th image, none twice.
 
-    parts: the name of each image's part of the split; the parts are then also scored apart.
+    parts: the name of each image's part of the split; the parts are then also scored separately.
     save: called with an image's index and its predicted ids (H, W) uint8.
 
     protocol "full": labels at their own resolution, logits resized to them.
-    protocol "paper": images resized to a shorter side of 512, logits as they come, at a quarter of
-    that, against labels resized to it by nearest, as in the TransKD release. Lower than, and not
-    comparable with, published full-resolution figures.
+    protocol "paper", as in the TransKD release: images resized to a shorter side of 512; labels
+    resized by nearest to the logits' size, a quarter of that. Lower than, and not comparable with,
+    published full-resolution figures.
     """
     rank, world = parallel.rank_and_world()
     K, training = net.num_classes, net.training
@@ -207,11 +211,11 @@ def evaluate(
     progress = files.Progress("scoring", len(split), every=math.inf if rank else 5.0)
     for indices, images in groups(split, range(rank, len(split), world), batch_size):
         labels = [split.label(i) for i in indices]
-        x = torch.cat([prepare(image, facts, short_side) for image in images])
+        x = torch.cat([prepare(image, facts, short_side) for image in images])  # (B, 3, h, w)
         if protocol == "paper":
             quarter = tuple(-(-n // 4) for n in x.shape[2:])
             labels = [nearest(label, quarter) for label in labels]
-        y = torch.from_numpy(np.stack(labels)).to(device)
+        y = torch.from_numpy(np.stack(labels)).to(device)  # (B, H, W)
         with autocast(device, dtype):
             p = predict(net, x.to(device), y.shape[1:], **views).argmax(dim=1).to(torch.uint8)
         for i, ids, label in zip(indices, p, y):
@@ -250,7 +254,7 @@ def paint(ids, palette):
 
 
 def overlay(image, ids, classes, palette):
-    """The photo under the colours of its labels, with a legend of its classes, largest first."""
+    """The photo blended with its labels' colours, and a legend of its classes, largest first."""
     mixed = (0.5 * image + 0.5 * paint(ids, palette)).astype(np.uint8)
     picture = Image.fromarray(mixed)
     draw = ImageDraw.Draw(picture, "RGBA")
@@ -275,7 +279,7 @@ def save_image(picture, path):
 
 
 def photos_of(source):
-    """What --image names: a photo, or those of a folder, by name."""
+    """The paths that --image names: a photo, or those of a folder, sorted by name."""
     if not source.exists():
         raise UserError(f"{source}: no such file")
     if not source.is_dir():
@@ -362,19 +366,19 @@ def get_args(argv=None):
     p.add_argument("--data-dir", help="the folder that holds it")
     p.add_argument("--split", help="val (the default), train, or test if there is one")
     p.add_argument("--cache", choices=("on", "off"), help="on (the default): decode the files once")
-    p.add_argument("--cache-dir", help="where (default: .cache beside the data)")
+    p.add_argument("--cache-dir", help="where to (default: .cache beside the data)")
     p.add_argument(
         "--protocol",
         choices=("full", "paper"),
-        help="full (the default): at the size of the labels; paper: as TransKD was released, "
+        help="full (the default): at the size of the labels; paper: as in TransKD's release, "
         "images resized to a shorter side of 512, labels to a quarter of that",
     )
     p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     p.add_argument(
         "--save-preds",
         metavar="DIR",
-        help="write each prediction as a PNG called as its image, with the values that the data "
-        "set's benchmark server wants (Cityscapes: labelIds, ACDC: trainIds)",
+        help="write each prediction as a PNG named after its image, with the values that the data "
+        "set's benchmark server expects (Cityscapes: labelIds, ACDC: trainIds)",
     )
     # or what to label
     p.add_argument("--image", help="a photo, or a folder of them")
@@ -383,25 +387,29 @@ def get_args(argv=None):
     p.add_argument(
         "--short-side",
         type=int,
-        help="resize images to this (default: photos as in training, images to score if training "
-        "was at one size)",
+        help="resize images to this shorter side (default: photos as in training, images to score "
+        "only if training was at one size)",
     )
     p.add_argument(
-        "--scales", type=float, nargs="+", default=[1.0], help="average over these sizes"
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="average predictions over these scales",
     )
-    p.add_argument("--flip", action="store_true", help="and over mirrored images")
+    p.add_argument("--flip", action="store_true", help="average over mirrored images too")
     p.add_argument(
         "--window", type=int, help="side of a sliding window; for images far larger than crops"
     )
     p.add_argument("--stride", type=int, help="its step (default: 3/4 of the window)")
-    p.add_argument("--batch-size", type=int, help="images of one size at a time (default: 8)")
+    p.add_argument("--batch-size", type=int, help="images at a time, all of one size (default: 8)")
     p.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N, cpu"
     )
     p.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the forward pass (default: as in training, if the device knows that one)",
+        help="of the forward pass (default: as in training, if the device supports it)",
     )
     return p.parse_args(argv)
 
@@ -464,7 +472,7 @@ def score(net, facts, args, views):
             raise UserError(
                 f"--save-preds {args.save_preds}: the data set's own files; pass another folder"
             )
-        values = np.zeros(256, np.uint8)  # what is none of the classes becomes 0
+        values = np.zeros(256, np.uint8)  # an output that is no class becomes 0
         values[: len(dataset.classes)] = dataset.ids or range(len(dataset.classes))
 
         def save(i, ids):

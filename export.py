@@ -6,7 +6,7 @@ Write a checkpoint in a form that other programs open.
     python export.py --ckpt out/student.pt --to pt2 --out-dir D          # torch.export
 
 What was written is opened again by the program it is for, and compared with the net on random
-images of two sizes. It gets to --out-dir only if the two agree.
+images of two sizes. It is moved to --out-dir only if the two agree.
 """
 
 import argparse
@@ -32,21 +32,21 @@ from distill import IGNORE
 from files import UserError
 from nets import resize
 
-MIN_SIDE = 64  # with less, a map is one pixel high, which torch.export takes for a case of its own
+MIN_SIDE = 64  # with less, a map is one pixel high: torch.export makes that a special case
 TRACED = (2, 96, 160)  # (B, H, W) of the images that a graph is traced with
 COMPARED = ((1, 97, 131), (2, 160, 128))  # and of those that every export is compared on
-# By how much of the largest logit two nets may differ. Measured: 2e-6 where only the order of sums
-# differs, 5e-6 to 1e-5 in transformers, whose norms have another eps (see hf_configs).
+# Largest allowed difference, relative to the largest logit. Measured: 2e-6 where only the order of
+# sums differs, 5e-6 to 1e-5 in transformers, whose norms have another eps (see hf_configs).
 TOLERANCE, HF_TOLERANCE = 1e-4, 1e-3
-TIES = 1e-4  # and in how many of the pixels two masks
+TIES = 1e-4  # and the share of the pixels in which two masks may differ
 
 # ------------------------------------------------------------------------------------------------
-# is it the same function?
+# the comparison
 
 
 @torch.no_grad()
 def compare(net, other, tolerance, mean_std=None):
-    """How far `other` is from `net`, in words; UserError if too far.
+    """How far `other` is from `net`, as text; UserError if too far.
 
     other: a function of normalised images that returns logits; or, with mean_std, one of uint8
     photos (B, H, W, 3) that returns class ids (B, H, W).
@@ -67,7 +67,7 @@ def compare(net, other, tolerance, mean_std=None):
             raise UserError(f"discarded: it gives {tuple(got.shape)}, not {tuple(want.shape)}")
         differ = got != want if mean_std else (got - want).abs() / want.abs().max()
         error = (differ.double().mean() if mean_std else differ.max()).item()
-        if not error <= limit:  # nan is not
+        if not error <= limit:  # nan fails too
             raise UserError(f"discarded: it differs by {error:.1e} {what}, allowed {limit:.0e}")
         worst = max(worst, error)
     return f"largest difference on random images of {len(COMPARED)} sizes: {worst:.1e} {what}"
@@ -76,7 +76,7 @@ def compare(net, other, tolerance, mean_std=None):
 # ------------------------------------------------------------------------------------------------
 # Hugging Face
 
-HF_NAMES = (  # ours, theirs: those of the checkpoints on the hub, which every transformers reads
+HF_NAMES = (  # ours, theirs: as on the hub, which every version of transformers reads
     (r"^encoder\.stages\.(\d)\.patch_embed", r"segformer.encoder.patch_embeddings.\1"),
     (r"(patch_embeddings\.\d)\.norm", r"\1.layer_norm"),
     (r"^encoder\.stages\.(\d)\.norm", r"segformer.encoder.layer_norm.\1"),
@@ -96,7 +96,7 @@ HF_NAMES = (  # ours, theirs: those of the checkpoints on the hub, which every t
 
 
 def hf_state(state):
-    """A state dict of ours in Hugging Face's names, keys and values apart."""
+    """A state dict of ours in Hugging Face's names, with keys and values separate."""
     out = {}
     for name, tensor in state.items():
         for ours, theirs in HF_NAMES:
@@ -111,7 +111,7 @@ def hf_state(state):
 
 
 def hf_configs(net, facts, mean_std):
-    """What goes into config.json and into preprocessor_config.json."""
+    """The contents of config.json and of preprocessor_config.json."""
     dims, heads, depths, _ = model.MODELS[net.name]
     classes = [*facts["classes"], "void"][: net.num_classes]
     config = dict(
@@ -127,7 +127,7 @@ def hf_configs(net, facts, mean_std):
         mlp_ratios=[4] * 4,
         patch_sizes=(7, 3, 3, 3),
         strides=(4, 2, 2, 2),
-        layer_norm_eps=1e-6,  # ours in the blocks; transformers (5.24) has 1e-5 all the same
+        layer_norm_eps=1e-6,  # ours in the blocks; transformers (5.24) uses 1e-5 regardless
         semantic_loss_ignore_index=IGNORE,
         id2label=dict(enumerate(classes)),
         label2id={name: k for k, name in enumerate(classes)},
@@ -144,10 +144,8 @@ def hf_configs(net, facts, mean_std):
         image_std=mean_std[1],
         do_reduce_labels=False,
     )
-    if model.photo_side(facts):
-        processor["size"] = dict(
-            shortest_edge=model.photo_side(facts)
-        )  # 4.x: with use_fast=True only
+    if side := model.photo_side(facts):  # transformers 4.x heeds it only with use_fast=True
+        processor["size"] = dict(shortest_edge=side)
     return config, processor
 
 
@@ -199,7 +197,7 @@ class FoldedHead(nn.Module):
 
 
 class Deployed(nn.Module):
-    """The net for one purpose. forward: normalised images (B, 3, H, W) -> logits
+    """The net with one input and one output. forward: normalised images (B, 3, H, W) -> logits
     (B, K, ceil(H/4), ceil(W/4)); or, with mean_std, photos (B, H, W, 3) -> class ids (B, H, W),
     both uint8.
     """
@@ -237,7 +235,7 @@ def trace(net, mean_std):
 
 
 def about(facts):
-    """What the user of a graph has to know, as JSON strings by name."""
+    """What users of a graph must know, {name: JSON string}."""
     strings = {name: facts[name] for name in ("classes", "palette", "mean", "std")}
     strings["short_side"] = model.photo_side(facts)
     return {name: json.dumps(value) for name, value in strings.items() if value is not None}
@@ -280,7 +278,7 @@ def write_pt2(net, facts, folder, mean_std):
 # ------------------------------------------------------------------------------------------------
 # the command
 
-FORMS = dict(  # --to: how to write it, the packages that takes, how to open it
+FORMS = dict(  # --to: how to write it, the packages it needs, how to open it
     hf=(
         write_hf,
         ["safetensors"],
@@ -298,7 +296,7 @@ FORMS = dict(  # --to: how to write it, the packages that takes, how to open it
 
 @contextlib.contextmanager
 def staging(out):
-    """Yield a new folder. At the end its files move to `out`, each in one step; or they vanish."""
+    """Yield a new folder. At the end its files move to `out`, each in one step, or are removed."""
     here = files.nearest_existing(out)  # on the same disk
     with tempfile.TemporaryDirectory(prefix=".export-", dir=here) as tmp:
         yield Path(tmp)
@@ -311,7 +309,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(
         description="Write a checkpoint in a form that other programs open", allow_abbrev=False
     )
-    p.add_argument("--ckpt", required=True, help="as of eval.py: a run's, or anybody's SegFormer")
+    p.add_argument("--ckpt", required=True, help="as for eval.py: a run's, or anybody's SegFormer")
     p.add_argument(
         "--to",
         required=True,
@@ -325,7 +323,7 @@ def get_args(argv=None):
         "--mask",
         action="store_true",
         help="onnx, pt2: from photos to class ids in one graph. Photos (B, H, W, 3), uint8 RGB, "
-        "as decoders, PIL and NumPy hold them, so that no app transposes; ids (B, H, W), uint8. "
+        "as decoders, PIL and NumPy hold them: apps need not transpose; ids (B, H, W), uint8. "
         "Without it: normalised float images (B, 3, H, W) to logits (B, K, H/4, W/4)",
     )
     return p.parse_args(argv)
@@ -346,7 +344,7 @@ def main(args):
     if not hasattr(net, "encoder"):
         raise UserError(f"{args.ckpt}: a {net.name}; CNNs teach here, they are not exported")
     if args.to == "hf" and (net.name == "lvt" or not isinstance(net.head, model.SegFormerHead)):
-        raise UserError(f"{args.ckpt}: a {net.name}, which transformers has not; onnx or pt2 is")
+        raise UserError(f"{args.ckpt}: a {net.name}, which transformers lacks: use onnx or pt2")
     facts = catalog.complete(facts, net.num_classes)
     mean_std = (facts["mean"], facts["std"]) if args.mask or args.to == "hf" else None
     with staging(out) as tmp:

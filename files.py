@@ -1,5 +1,5 @@
 """
-Errors for people, and files that are either whole or not there.
+Error messages for users, and files that are written whole or not at all.
 """
 
 import contextlib
@@ -16,30 +16,30 @@ import torch
 
 
 class UserError(Exception):
-    """A mistake the user can mend: shown as one line, exit code 2, no traceback."""
+    """A mistake the user can fix: shown as one line, exit code 2, no traceback."""
 
 
 def some(names, n=5):
-    """The first n of them for a message, with "..." if there are more."""
+    """The first n names in one string, for a message; "..." if there are more."""
     names = [str(name) for name in names]
     return ", ".join(names[:n]) + " ..." * (len(names) > n)
 
 
 def as_flag(name):
-    """The option of args.name as it is typed."""
+    """The option as it is typed: batch_size -> --batch-size."""
     return "--" + name.replace("_", "-")
 
 
 def installed(package):
-    """Whether an optional package is there."""
+    """Whether an optional package can be imported."""
     return importlib.util.find_spec(package) is not None
 
 
 def cli(main, args):
     """Run a script's main; a UserError becomes one line on stderr and exit code 2.
 
-    SIGTERM unwinds it, so that nothing half-written stays; under torchrun, whose processes may be
-    waiting for each other, it ends at once.
+    SIGTERM unwinds the stack, so that nothing half-written stays; under torchrun, whose processes
+    may be waiting for each other, the process ends at once.
     """
     if "WORLD_SIZE" not in os.environ:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -48,37 +48,37 @@ def cli(main, args):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # | head: nobody reads on, also not what Python flushes at its end
+    except BrokenPipeError:  # as by | head: nobody reads what Python flushes on exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
             raise
-        advice = "Take smaller batches or images, or in training --accumulate 2."
+        advice = "Use smaller batches or images, or --accumulate 2 in training."
         print(f"error: {str(e).splitlines()[0]} {advice}", file=sys.stderr)
         sys.exit(2)
-    except (UserError, OSError, MemoryError) as e:  # a full disk, a folder that is not ours
+    except (UserError, OSError, MemoryError) as e:  # a full disk, a folder without permission
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 
 
 def nearest_existing(path):
-    """The path or, if nothing is there yet, the nearest one above it where something is."""
+    """The path itself, or the nearest of its parents that exists."""
     path = Path(path).absolute()
     return next(p for p in (path, *path.parents) if p.exists())
 
 
 def check_folder(flag, path):
-    """UserError if there can be no folder: a file is in its place, or in that of one above it."""
+    """UserError if `path` cannot be a folder: it, or one of its parents, is a file."""
     existing = nearest_existing(path)
     if not existing.is_dir():
         raise UserError(f"{flag} {path}: {existing} is a file, not a folder")
 
 
 class Progress:
-    """Tells every few seconds how far a long job is and, if its total is known, how long still.
+    """Prints every few seconds how far a long job is and, if its total is known, the time left.
 
-    first: what was done before this job began.
+    first: how much was done before this job began.
     """
 
     def __init__(self, title, total, every=2.0, first=0):
@@ -99,7 +99,7 @@ class Progress:
 
 @contextlib.contextmanager
 def writing(path):
-    """An OSError within is a UserError that names `path`: that of a full disk names no file."""
+    """Turn an OSError into a UserError that names `path`: that of a full disk names no file."""
     try:
         yield
     except OSError as e:
@@ -110,7 +110,7 @@ def writing(path):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yield a temporary path beside `path` and rename it there at the end: whole file or none."""
+    """Yield a temporary path beside `path`, renamed to it at the end: a whole file or none."""
     path = os.fspath(path)
     tmp = f"{path}.tmp{os.getpid()}"
     try:
@@ -143,5 +143,5 @@ def load_tensors(path):
         raise UserError(f"{path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # what unpickling rubbish may raise has no end
+    except Exception as e:  # unpickling rubbish can raise anything
         raise UserError(f"{path}: not a checkpoint of tensors ({type(e).__name__})") from e

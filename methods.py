@@ -1,5 +1,5 @@
 """
-Every method by its name: its paper, its flags, and how it is built between two nets.
+Every method by its name: its paper, its flags, and how it is built for two nets.
 """
 
 import inspect
@@ -35,7 +35,7 @@ PAPERS = {
 
 WEIGHT = (float, 0, 1e9)
 COUNT = (int, 1, 10**9)
-# flag: (its choices, or its type and range), what it does; not given, a method's own default holds
+# flag: (its choices, or its type and range), what it does; if not given, the method's default holds
 FLAGS = {
     "csf_norm": (
         ("none", "batch"),
@@ -113,8 +113,8 @@ FLAGS = {
         COUNT,
         "side of the squares of pixels averaged for the term within the batch (default 2)",
     ),
-    "cirkd_pixel_queue": (COUNT, "pixels remembered of each class (default 2000)"),
-    "cirkd_region_queue": (COUNT, "regions remembered of each class (default 2000)"),
+    "cirkd_pixel_queue": (COUNT, "pixels remembered per class (default 2000)"),
+    "cirkd_region_queue": (COUNT, "regions remembered per class (default 2000)"),
     "cirkd_pixel_contrast": (
         COUNT,
         "how many remembered pixels a step compares with (default 4096)",
@@ -124,7 +124,7 @@ FLAGS = {
         "how many remembered regions a step compares with (default 1024)",
     ),
 }
-# option: the weight of the term that it belongs to
+# option: the weight of the term that it belongs to, without which it has no effect
 ACTS_BY = {
     "tat_patch": "tat_patch_weight",
     "tat_group": "tat_patch_weight",
@@ -139,8 +139,8 @@ ACTS_BY = {
 
 
 def add_flags(parser, flags=FLAGS):
-    """A flag for everything that a method lets one choose."""
-    group = parser.add_argument_group("the methods' own choices")
+    """Add a command-line flag for each option of the methods."""
+    group = parser.add_argument_group("options of single methods")
     for name, (kind, text) in flags.items():
         if kind is bool:
             options = dict(action="store_const", const=True)

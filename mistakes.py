@@ -1,9 +1,9 @@
 """
-What the usual mistakes in labels look like, and words for them.
+The usual mistakes in labels: how they are recognised and reported.
 
-First those that one pair of files shows, where it cannot be used; then one small function a mistake
-for what only many labels show together. Files are given as what the doctor saw of them (`Seen`).
-Those of LIKELY and LIKELY_IN_ALL are sure enough to fail a check, those of PERHAPS are not.
+First those that one pair of files shows if it cannot be used; then one small function per mistake
+that only many labels show together. Files are given as what the doctor saw in them (`Seen`).
+Findings of LIKELY and LIKELY_IN_ALL are sure enough to fail a check, those of PERHAPS are not.
 """
 
 import os
@@ -21,11 +21,11 @@ ORIENTATION = 0x0112  # the EXIF tag
 SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
 VOID_NAME = "void|unlabell?ed|ignored?|unknown|no ?data|no ?label|don ?t ?care|out of roi"
 WHITE_AND_VOC_BORDER = (255, 255, 255), (224, 224, 192)
-SOFT = 0.12  # steps an edge: up to 0.03 in labels as drawn, 0.13 to 0.8 after interpolation
+SOFT = 0.12  # steps per edge: up to 0.03 in labels as drawn, 0.13 to 0.8 after interpolation
 ANEW = "make them anew from the originals, as PNG, and resize with NEAREST if at all"
 
 # ------------------------------------------------------------------------------------------------
-# one pair that cannot be used: (words, what it shows), or None where the error says it all
+# one pair that cannot be used: (message, what it shows), or None where the error says enough
 
 
 def diagnose(pair, dataset):
@@ -53,14 +53,14 @@ def start_of(path):
 
 
 def largest_index(path):
-    """The largest value that a label file can hold: less than 255 if its palette is of few bits."""
+    """The largest value that a label file can hold: below 255 in a palette of fewer than 8 bits."""
     start = start_of(path)
     palette = start.startswith(b"\x89PNG") and start[25:26] == b"\x03"
     return 2 ** start[24] - 1 if palette else 255
 
 
 def why_unpaired(root, error):
-    """A few more words for "... have no label: STEM", from what lies where labels would."""
+    """A hint to add to "... have no label: STEM", from the files where labels would be."""
     missing = re.search(r"have no label: (.+?)( \.\.\.|,|$)", error)
     for folder in sorted(root.iterdir()) if missing else ():
         if folder.is_dir() and re.search("label|annot|mask|Class", folder.name):
@@ -89,7 +89,7 @@ def broken(path, error):
 
 
 def palettes(dataset):
-    """(whose, colours): the data set's, if it was given any, and PASCAL VOC's."""
+    """(whose, colours): the data set's, if it has its own, and PASCAL VOC's, 21 and then all."""
     voc = ((0, 0, 0), *catalog.colours(255))
     if tuple(dataset.palette) != voc[1 : len(dataset.palette) + 1]:
         yield "this data set", dataset.palette
@@ -116,7 +116,7 @@ def in_colour(pixels, dataset):
 
 
 def numbering(values):
-    """Words for ids above 255, of which `values` are the distinct ones."""
+    """What ids above 255 may be, from all distinct `values`, sorted."""
     things = values // 1000
     if values[-1] >= 24000 and ((values < 34) | (things >= 24) & (things < 34)).all():
         return "Cityscapes instanceIds (class * 1000 + instance): take the labelIds files"
@@ -149,30 +149,30 @@ def misfit(photo, label):
 
 
 # ------------------------------------------------------------------------------------------------
-# what many files show together: words, or None
+# what many files show together: a message, or None
 
 
 def pixels_of(files):
-    """(256,) pixels of each value."""
+    """(256,) number of pixels of each value."""
     return sum((seen.counts for seen in files), np.zeros(256, np.int64))
 
 
 def by_class(files, dataset):
-    """(256,) pixels of each class, and of void at IGNORE."""
+    """(256,) number of pixels of each class, and of void at IGNORE."""
     allowed, counts = dataset.table >= 0, np.zeros(256, np.int64)
     np.add.at(counts, dataset.table[allowed], pixels_of(files)[allowed])
     return counts
 
 
 def values_of(files, dataset):
-    """(values in the files, smallest, largest that the data set knows), all of them but IGNORE."""
+    """(values in the files, smallest and largest that the data set allows), without IGNORE."""
     values = [int(v) for v in np.flatnonzero(pixels_of(files)) if v != IGNORE]
     allowed = [int(v) for v in np.flatnonzero(dataset.table >= 0) if v != IGNORE]
     return values, allowed[0], allowed[-1]
 
 
 def unnamed(dataset):
-    return dataset.classes[0] == "class 0"  # no classes.txt: they were counted in the labels
+    return dataset.classes[0] == "class 0"  # no classes.txt: classes were counted in the labels
 
 
 def is_void(counts, dataset):
@@ -180,10 +180,10 @@ def is_void(counts, dataset):
 
 
 def is_soft(seen, dataset):
-    """Whether many edges go through a value in between, as interpolation leaves them.
+    """Whether many edges pass through values in between, as after interpolation.
 
-    Noise makes single odd pixels of other values too: there must be few of those, or many of the
-    values in between must have no class.
+    Noise leaves single pixels of other values too: there must be few of those, or many of the
+    pixels in between must have values without a class.
     """
     steps, strange = seen.between.sum(), seen.between[dataset.table < 0].sum()
     no_noise = steps > 0.4 * seen.narrow or strange > 0.3 * steps
@@ -191,7 +191,7 @@ def is_soft(seen, dataset):
 
 
 def interpolated(files, dataset):
-    """Soft labels, unless what is in between are one or two thin classes: a drawn outline."""
+    """Soft labels, unless the values in between are one or two thin classes: drawn outlines."""
     soft = [seen for seen in files if is_soft(seen, dataset)]
     if not soft or len(soft) < 0.05 * len(files):
         return None
@@ -216,7 +216,7 @@ def grey_palette(files, dataset):
 
 
 def few_bits(files, dataset):
-    """Void where a palette ends before 255: the file keeps its lowest bits."""
+    """Void in a palette that ends before 255: the file keeps only the lowest bits."""
     counts = pixels_of(files)
     cut = [seen for seen in files if seen.top < IGNORE and seen.counts[seen.top]]
     cut = [s for s in cut if dataset.table[s.top] < 0 or unnamed(dataset) and not counts[s.top - 1]]
@@ -279,10 +279,10 @@ def without_class(files, dataset):
 
 
 LIKELY = [interpolated, few_bits, grey_palette, minus_one, street_ids, plus_one, one_too_many]
-LIKELY += [without_class]  # the first that has words is told
+LIKELY += [without_class]  # only the first message is reported
 
 # ------------------------------------------------------------------------------------------------
-# what all splits show, {split: files}: words, or None
+# what all splits, {split: files}, show: a message, or None
 
 
 def every(splits):
@@ -290,7 +290,7 @@ def every(splits):
 
 
 def all_void(splits, dataset):
-    for split in ("train", "val"):  # of test splits the labels may be dummies
+    for split in ("train", "val"):  # test labels may be dummies
         if is_void(pixels_of(splits[split]), dataset):
             what = "learn" if split == "train" else "score"
             return f"every pixel of {split} is void ({IGNORE}): there is nothing to {what}"
@@ -360,7 +360,7 @@ def void_class(splits, dataset):
 
 
 def void_as_zero(splits, dataset):
-    """Void lies between most things and yet is less than half of all, which background is not."""
+    """Void lies between most objects, yet is less than half of all pixels, unlike background."""
     files, counts = every(splits), pixels_of(every(splits))
     share = sum(s.edges_at_0 for s in files) / max(sum(s.edges for s in files), 1)
     if len(dataset.classes) > 3 and dataset.table[0] == 0 and not counts[IGNORE] and share > 0.8:
@@ -400,6 +400,6 @@ def turned(splits, dataset):
         )
 
 
-LIKELY_IN_ALL = [all_void, binary, street_classes, from_one, strangers]  # likewise the first
+LIKELY_IN_ALL = [all_void, binary, street_classes, from_one, strangers]  # also the first only
 PERHAPS = [one_class, street_shares, void_class, void_as_zero, first_missing, never_in_train]
-PERHAPS += [never_in_val, void_files, turned]  # all that have words are told
+PERHAPS += [never_in_val, void_files, turned]  # all messages are reported

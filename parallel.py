@@ -1,5 +1,5 @@
 """
-Devices; and what makes N processes (torchrun) do the work of one: same draws, means, statistics.
+Devices; and N processes (torchrun) that compute what one would: same draws, means, statistics.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from nets import Drop
 
 
 def get_device(name):
-    """torch.device of a --device flag; UserError if there is no such thing here."""
+    """The torch.device of a --device flag; UserError if this machine does not have it."""
     try:
         device = torch.device(name)
     except RuntimeError as e:
@@ -34,24 +34,24 @@ def get_device(name):
 
 
 def has_native(device, dtype):
-    """Whether a device multiplies in `dtype` itself: what it emulates is slower than float32."""
+    """Whether a device multiplies in `dtype` natively: emulated, it is slower than float32."""
     if dtype == "float32":
         return True
     if device.type == "cuda":
         return dtype == "float16" or torch.cuda.get_device_capability(device)[0] >= 8
-    ops = torch.ops.mkldnn  # torch's own question, for which it has no public name
+    ops = torch.ops.mkldnn  # torch's own check, which has no public name
     queries = dict(bfloat16="_is_mkldnn_bf16_supported", float16="_is_mkldnn_fp16_supported")
     return torch.backends.mkldnn.is_available() and getattr(ops, queries[dtype])()
 
 
 def keep_memory():
-    """Let glibc keep what tensors on the host leave: a step asks for the same sizes again.
+    """Let glibc keep the memory of freed host tensors: the next step needs the same sizes again.
 
-    Otherwise large ones go back to the system and come again as zeroed pages, every time. Where
-    there is another C library nothing changes.
+    Otherwise large blocks go back to the system and return as zeroed pages, every time. With
+    another C library nothing changes.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        mmap_threshold, trim_threshold = -3, -1  # as malloc.h numbers them
+        mmap_threshold, trim_threshold = -3, -1  # numbers from malloc.h
         if not libc.mallopt(mmap_threshold, 2**31 - 1):  # an old glibc
             libc.mallopt(mmap_threshold, 2**25)
         libc.mallopt(trim_threshold, 2**31 - 1)
@@ -62,7 +62,7 @@ def keep_memory():
 
 
 def rank_and_world():
-    """This process's number and how many there are: (0, 1) outside torchrun."""
+    """(this process's number, how many there are); (0, 1) outside torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -96,13 +96,13 @@ def spare_cores():
 
 
 def first_then_others(work):
-    """work() in process 0, and only then in the others (who find what it left: a cache, a file)."""
+    """work() in process 0, then in the others, which find what it left: a cache, a file."""
     rank, world = rank_and_world()
     if rank > 0:
         dist.barrier()
     try:
         return work()
-    finally:  # an error is theirs to find too: nobody must wait for a process that is gone
+    finally:  # also after an error: nobody must wait for a process that is gone
         if rank == 0 and world > 1:
             dist.barrier()
 
@@ -118,10 +118,10 @@ def any_process(*flags):
 
 
 def process_mean(x):
-    """The mean of a number over the processes, x itself in a single one. No gradient.
+    """The mean of a tensor over the processes; x itself in a single one. No gradient.
 
-    DDP averages the gradients of its processes. Divided by this mean instead of its own count, each
-    process's sum contributes what it would in one process that sees the whole batch.
+    DDP averages the gradients of its processes. If each divides its sum by the mean of all counts,
+    not by its own count, it contributes what it would in one process that sees the whole batch.
     """
     if dist.is_initialized():
         x = x.detach().clone()
@@ -135,10 +135,10 @@ class NormOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        mean = x.mean((0, 2, 3), dtype=torch.float32)
+        mean = x.mean((0, 2, 3), dtype=torch.float32)  # (C,)
         var = (x - mean[:, None, None]).square().mean((0, 2, 3))
         mean, var = mean.double(), var.double()
-        mean, square = process_mean(torch.stack([mean, var + mean.square()]))  # equal shares
+        mean, square = process_mean(torch.stack([mean, var + mean.square()]))  # shares are equal
         mean, var = mean.float(), (square - mean.square()).float()
         ctx.save_for_backward(x, weight, mean, var)
         ctx.eps = eps
@@ -176,7 +176,7 @@ class GlooBatchNorm(nn.BatchNorm2d):
 
 
 def share_statistics(module, device):
-    """Batch norms with the statistics, and drops with the coins, of the whole batch."""
+    """Give batch norms the statistics, and drops the coins, of the whole batch."""
     for m in module.modules():
         if isinstance(m, Drop):
             m.shard = rank_and_world()
@@ -196,7 +196,7 @@ def wrap(module, device):
     if not dist.is_initialized():
         return module
     for p in module.parameters():
-        if p.shape[2:] == (1, 1):  # channels-last writes the same strides as its gradient otherwise
+        if p.shape[2:] == (1, 1):  # in channels-last its strides would differ from its gradient's
             p.data = p.data.flatten(1)[:, :, None, None]
     ids = [device] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(module, device_ids=ids)

@@ -1,10 +1,10 @@
 """
-Photos with a class each, in folders: DIR/train/CLASS/*.jpg, DIR/val/CLASS/*.jpg (ImageNet's way).
+Photos with one class each, in folders as ImageNet's: DIR/train/CLASS/*.jpg, DIR/val/CLASS/*.jpg.
 
-Photos are kept at a stored resolution, their shorter side at most `store` pixels: decoded once into
-a memory map, or, where that would be too large, by worker processes at every use, to the same
-pixels. For training a random window of each is looked at (Szegedy et al., "Going Deeper with
-Convolutions", 2015, section 6), for scoring the middle.
+Photos are used with a shorter side of at most `store` pixels: decoded once into a memory map or,
+where that would be too large, by worker processes at every use, to the same pixels. Training takes
+a random window of each (Szegedy et al., "Going Deeper with Convolutions", 2015, section 6), scoring
+the middle.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import data
 from files import UserError, some
 from model import IMAGENET_MEAN, IMAGENET_STD
 
-ASPECT = 3 / 4, 4 / 3  # width to height of a random window
+ASPECT = 3 / 4, 4 / 3  # smallest and largest width / height of a random window
 
 # ------------------------------------------------------------------------------------------------
 # a split
@@ -32,11 +32,11 @@ ASPECT = 3 / 4, 4 / 3  # width to height of a random window
 
 @dataclasses.dataclass
 class Photos:
-    """len(), pair(i): image (H, W, 3) uint8 and label int64, the class's place in `classes`."""
+    """len(), pair(i): image (H, W, 3) uint8 and label int64, the class's index in `classes`."""
 
     folder: Path
     names: np.ndarray  # (N,) bytes, CLASS/FILE: one array, which worker processes share
-    labels: np.ndarray
+    labels: np.ndarray  # (N,)
     classes: list
     store: int
     packed: data.Packed | None = None
@@ -63,14 +63,14 @@ def shrink(image, side):
 
 
 def to_short_side(image, side):
-    """An image whose shorter side is `side`."""
+    """An image (H, W, 3) resized to a shorter side of `side`."""
     h, w = image.shape[:2]
     size = side * w // min(h, w), side * h // min(h, w)
     return np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
 
 
 def centre(image, size):
-    """The middle (size, size, 3) of an image, which is enlarged if it is smaller than that."""
+    """The middle (size, size, 3) of an image, which is enlarged first if it is smaller."""
     if min(image.shape[:2]) < size:
         image = to_short_side(image, size)
     top, left = (round((n - size) / 2) for n in image.shape[:2])
@@ -78,9 +78,9 @@ def centre(image, size):
 
 
 def find(root, split, store, limit=None):
-    """The photos of root/split/CLASS and of the folders in there, class by class in their order.
+    """The photos in root/split/CLASS and its subfolders, sorted, class by class.
 
-    limit: how many of the classes, the first by name.
+    limit: take only so many classes, the first by name.
     """
     folder = Path(root) / split
     layout = f"expected {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg"
@@ -109,7 +109,7 @@ def find(root, split, store, limit=None):
 def open_splits(root, store, cache="on", cache_dir=None, cache_gb=None, limit=None):
     """The photos of train and val, decoded once into a cache unless that is off or too large.
 
-    limit: how many of the classes, the first by name.
+    limit: take only so many classes, the first by name.
     """
     splits = [find(root, split, store, limit) for split in ("train", "val")]
     train, val = (split.classes for split in splits)
@@ -127,7 +127,7 @@ def open_splits(root, store, cache="on", cache_dir=None, cache_gb=None, limit=No
 
 
 def open_cache(photos, home, cache_gb):
-    """The decoded photos, decoded now if they were not; None if they are too many."""
+    """The decoded photos, decoded now if necessary; None if they would be too large."""
     title = f"{photos.folder.name}-{photos.store}"
     folder = home / f"photos-{title}-{cache_key(photos)}"
     if not data.is_cached(folder, photos, title, cache_gb):
@@ -136,7 +136,7 @@ def open_cache(photos, home, cache_gb):
 
 
 def cache_key(photos):
-    """Changes with any file's name, size or time."""
+    """A hash of the folder and of the files' names, sizes and times."""
     folder = os.fsencode(photos.folder.resolve())
     facts = hashlib.sha256(folder)
     for name in photos.names.tolist():
@@ -146,22 +146,22 @@ def cache_key(photos):
 
 
 # ------------------------------------------------------------------------------------------------
-# batches to learn from: made on the host by `host_batch`, finished on the device by `device_batch`
+# training batches: made on the host by `host_batch`, finished on the device by `device_batch`
 
 
 @dataclasses.dataclass
 class Crops:
-    """What is done to a photo on its way into a batch."""
+    """How a photo is changed on its way into a batch."""
 
     size: int  # of the batch, (size, size)
     area: tuple = (0.08, 1.0)  # of the window, as a share of the photo's
     colour: float = 0.5  # strength of the photometric change, 0 = none
     mixup: float = 0.0  # Beta(a, a) of a photo's share in its mixture with another; 0 = none
-    cutmix: float = 0.0  # likewise, of its share in the picture's area
+    cutmix: float = 0.0  # Beta(a, a) of its share of the picture's area; 0 = none
 
 
 def window(rng, height, width, area):
-    """A random window: (top, left, h, w). As torchvision's RandomResizedCrop: ten tries."""
+    """A random window (top, left, h, w), in ten tries as torchvision's RandomResizedCrop."""
     for _ in range(10):
         pixels = height * width * rng.uniform(*area)
         aspect = math.exp(rng.uniform(*np.log(ASPECT)))
@@ -169,7 +169,7 @@ def window(rng, height, width, area):
         if 0 < h <= height and 0 < w <= width:
             top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
             return int(top), int(left), h, w
-    h = min(height, round(width / ASPECT[0]))  # too long or too high: the middle
+    h = min(height, round(width / ASPECT[0]))  # none fits: the middle, cut to ASPECT
     w = min(width, round(height * ASPECT[1]))
     return (height - h) // 2, (width - w) // 2, h, w
 
@@ -177,8 +177,8 @@ def window(rng, height, width, area):
 def mixture(rng, size, mixup, cutmix):
     """How a photo is mixed with another: its share, and the box (y0, y1, x0, x1) without it.
 
-    mixup (Zhang et al., arXiv 1710.09412) everywhere with its share; CutMix (Yun et al., arXiv
-    1905.04899, eq. 1-2) with the other one in a box. With both, either of them by a coin.
+    mixup (Zhang et al., arXiv 1710.09412) blends all pixels with this share; CutMix (Yun et al.,
+    arXiv 1905.04899, eq. 1-2) puts the other one into the box. With both, a coin decides.
     """
     if mixup and not (cutmix and rng.random() < 0.5):
         return rng.beta(mixup, mixup), (0, 0, 0, 0)
@@ -191,14 +191,14 @@ def mixture(rng, size, mixup, cutmix):
 
 
 def host_batch(photos, step, batch_size, seed, a, rows):
-    """Batch `step` as it travels: windows cut from the photos, and where to look in them.
+    """Batch `step` as it travels: windows cut from the photos, positions in them, labels.
 
     rows: the slice of the batch that this process works on. Called by augment.Batches.
     """
     items = []
     indices = augment.sample_indices(step, batch_size, len(photos), seed)
     for k in range(batch_size)[rows]:
-        rng = np.random.default_rng([seed, 2, step * batch_size + k])  # the place in the stream
+        rng = np.random.default_rng([seed, 2, step * batch_size + k])  # its place in the stream
         image, label = photos.pair(indices[k])
         top, left, h, w = window(rng, *image.shape[:2], a.area)
         flip = rng.random() < 0.5
@@ -232,7 +232,8 @@ def device_batch(batch, device, num_classes, mixed=False):
         at = torch.arange(images.shape[2], device=images.device)
         y0, y1, x0, x1 = batch["box"][:, :, None].unbind(1)  # (B, 1) each
         y, x = (at >= y0) & (at < y1), (at >= x0) & (at < x1)  # (B, S)
-        own = batch["share"][:, None, None, None] * ~(y[:, None, :, None] & x[:, None, None, :])
+        in_box = y[:, None, :, None] & x[:, None, None, :]  # (B, 1, S, S)
+        own = batch["share"][:, None, None, None] * ~in_box  # (B, 1, S, S), shares
         images = own * images + (1 - own) * neighbours(images)
         own = own.mean((2, 3))  # (B, 1)
         targets = own * targets + (1 - own) * neighbours(targets)
@@ -245,7 +246,7 @@ def neighbours(x):
 
 
 # ------------------------------------------------------------------------------------------------
-# batches to score
+# scoring batches
 
 
 class Middles(torch.utils.data.Dataset):

@@ -1,5 +1,5 @@
 """
-What `suite.py` compares, and in which size: rows of tables as flags, plans as numbers.
+What `suite.py` compares, and at what sizes: rows of tables as flags, plans as numbers.
 """
 
 import methods
@@ -63,29 +63,30 @@ ROWS = {
         name: f"--method {name}" for name in methods.METHODS if name not in ["none", *TRANSKD]
     },
 }
-CLASSIFIERS = {  # likewise, flags of pretrain.py
+CLASSIFIERS = {  # row -> flags of pretrain.py
     "alone": "",
     "alone, twice the steps": "{twice}",
     "kd": "--method kd",
-    "kd, no labels": "--method kd --ce-weight 0 --kd-weight 1",  # as in manifold+kd, without it
+    "kd, no labels": "--method kd --ce-weight 0 --kd-weight 1",  # manifold+kd without manifold
 } | {name: f"--method {name}" for name in pretrain.WEIGHTS if name != "none"}
 GROUPS = [*ROWS, "photos"]  # the last: the classifiers
-PLAIN = "--class-weights none"  # as most methods were published; rows of their own have weights
+PLAIN = "--class-weights none"  # as most methods were published; single rows have weights
 PAPER_TOO = ["alone", "alone, pre-trained", *TRANSKD]  # rows scored by the paper's protocol as well
-CURVES = ["alone", "alone, twice the steps", "alone, pre-trained", "transkd-base"]  # and on the way
-LENGTHS = {  # one method in several lengths, as far as they are rows
+# rows scored during training too
+CURVES = ["alone", "alone, twice the steps", "alone, pre-trained", "transkd-base"]
+LENGTHS = {  # one method at several lengths, of which only some are rows
     row: [row, f"{row}, twice the steps", f"{row}, four times the steps"]
     for row in ("alone", "alone, pre-trained", "transkd-base")
 }
 
 # ------------------------------------------------------------------------------------------------
-# how large, how long
+# sizes and lengths
 
 LABELS = {"camvid": (37, 92), "nyuv2": (80, 199), "folder": (1, 2)}  # 10 and 25 % of the images
 
 
 def numbers(plan, dataset):
-    """What stands in braces in the rows, for a data set."""
+    """What replaces the {braces} in the rows, for a data set."""
     sizes, (tenth, quarter) = plan["data"][dataset], LABELS[dataset]
     steps = sizes["steps"]
     lengths = dict(twice=2 * steps, four_times=4 * steps, every=max(steps // 10, 2))

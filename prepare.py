@@ -1,5 +1,5 @@
 """
-Data sets written or fetched.
+Writes data sets: the drawn scenes, downloads, NYUv2 from its MATLAB files.
 """
 
 import importlib
@@ -34,7 +34,7 @@ def export_scenes(args):
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root}: not empty; pass a new folder as --out-dir")
     home = root.absolute()
-    tmp = home.with_name(f"{home.name}.tmp{os.getpid()}")  # gets its name when it is complete
+    tmp = home.with_name(f"{home.name}.tmp{os.getpid()}")  # renamed when complete
     try:
         for folder in ("images", "labels"):
             (tmp / folder).mkdir(parents=True)
@@ -49,7 +49,7 @@ def export_scenes(args):
 
 
 def write_scenes(root, split, numbers):
-    """The pictures of a split and the list of them."""
+    """Write a split's images, labels and list."""
     progress, stems = Progress(f"drawing {split}", len(numbers)), []
     for number in numbers:
         progress.at(len(stems))
@@ -66,7 +66,7 @@ def write_scenes(root, split, numbers):
 
 
 def download(args):
-    """python data.py download NAME: what anybody may fetch, made ready for --dataset NAME."""
+    """python data.py download NAME: fetch what has a url, ready for --dataset NAME."""
     name, root = args.name, Path(args.data_dir)
     if name not in SOURCES:
         raise UserError(f"there is nothing to download for '{name}': {', '.join(SOURCES)}")
@@ -75,7 +75,7 @@ def download(args):
         raise UserError(f"{name} is not downloaded by this program: {how_to_get(name, root)}")
     print(f"{name}: {source['licence']}; see {source['page']}", flush=True)
     if name == "nyuv2":
-        for module in ("h5py", "scipy.io"):  # before the gigabytes, not after them
+        for module in ("h5py", "scipy.io"):  # before gigabytes are fetched
             need(module)
     if (root / source["last"]).exists():
         print(f"{root / source['last']} is there already: nothing to do")
@@ -116,16 +116,16 @@ def need(module):
 
 
 def convert_nyuv2(args):
-    """python data.py nyuv2: the original MATLAB files in the folder layout."""
+    """python data.py nyuv2: convert the original MATLAB files to the folder layout."""
     root = Path(args.out_dir)
     write_nyuv2(args.mat, args.splits, args.map, args.classes, root)
     print_summary("nyuv2", root)
 
 
 def write_nyuv2(mat, splits, class_map, num_classes, root):
-    """images/NNNN.png, labels/NNNN.png, NNNN from 1 as in the release; test is called val.
+    """Write images/NNNN.png and labels/NNNN.png, NNNN from 1 as in the release; test becomes val.
 
-    Pictures that are there are kept, so that a run that was stopped goes on; the lists come last.
+    Existing pictures are kept, so that an interrupted run resumes; the lists are written last.
     num_classes: 40 or 13. Raises UserError that names the file, what it holds and what it should.
     """
     h5py, table = need("h5py"), nyu_table(class_map, num_classes)
@@ -190,7 +190,7 @@ def nyu_splits(path, n):
 
 
 def nyu_table(path, num_classes):
-    """(895,) uint8: raw label, 0 is void -> 0..num_classes-1 or IGNORE. path: --map, or None."""
+    """(895,) uint8: raw label (0 is void) -> 0..num_classes-1 or IGNORE. path: --map, or None."""
     if path:
         found = read_mat(path, "mapClass")[0].ravel()
     else:
@@ -206,7 +206,7 @@ def nyu_table(path, num_classes):
 
 
 def declare_classes(root, names):
-    """classes.txt comes first: labels/ of other classes than it names are never added to."""
+    """Write classes.txt; UserError if the folder holds labels of other classes already."""
     path, text = root / "classes.txt", "".join(f"{name}\n" for name in names)
     begun = any((root / folder).is_dir() for folder in ("images", "labels"))
     if begun and not (path.exists() and path.read_text() == text):

@@ -1,5 +1,5 @@
 """
-What the runs of `suite.py` found: tables in Markdown, and mIoU against training time as a picture.
+The results of `suite.py`: tables in Markdown, and plots of mIoU against training time.
 """
 
 import json
@@ -17,7 +17,7 @@ TITLES = {
     "ablations": "What matters",
     "methods": "Other methods",
 }
-REFERENCE = "transkd-base"  # stands in every table, as teacher and student alone do
+REFERENCE = "transkd-base"  # in every table, like the teacher and the student alone
 PICTURE = """Dots: the ends of trainings of one, two or four times the steps, each with a schedule
 of its own, means and standard deviations; dashed: from one to the next. Thin lines, where there are
 any: along a training."""
@@ -28,7 +28,7 @@ def read(path):
 
 
 def headline(path):
-    """What a run found, in a word or two."""
+    """A run's main result, for a progress line."""
     metrics = read(path)
     if "miou" in metrics:
         return f"mIoU {mean_and_spread([metrics['miou']])}"
@@ -71,7 +71,7 @@ def mean(runs, key="miou"):
 
 
 def table(head, rows, cells):
-    """Lines of Markdown, one a row; cells: what stands under `head`, of its runs."""
+    """Lines of Markdown, one per row; cells(runs): its texts under `head`."""
     head = ["", "runs", *head, "minutes"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row, runs in rows.items():
@@ -81,8 +81,8 @@ def table(head, rows, cells):
 
 
 def student_table(rows, starts, teacher):
-    """Rows of train.py; starts, {steps: runs of the student alone}, and `teacher`, runs or None:
-    the ends of the gap."""
+    """The table of rows of train.py. The gap's ends are starts, {steps: runs of the student alone},
+    and teacher, runs or None."""
 
     def cells(runs):
         closed, alone = "", starts.get(runs[0]["steps"])
@@ -100,7 +100,7 @@ def student_table(rows, starts, teacher):
 
 
 def classifier_table(pair, rows, jobs):
-    """Rows of pretrain.py for a pair of classifiers; jobs: among them what trained the teacher."""
+    """The table of rows of pretrain.py for a pair; jobs: among others the teacher's."""
     metrics = [read(job.made) for job in jobs if not job.row]
     teachers = {m["encoder"]["model"]: [m["encoder"]] for m in metrics if m}
     teacher = teachers.get(pair.split()[-1])
@@ -113,7 +113,7 @@ def classifier_table(pair, rows, jobs):
 
 
 def commands(groups):
-    """The command of every row, of its first seed."""
+    """The command of every row, for its first seed."""
     lines = ["```"]
     for rows in groups.values():
         lines += [runs[0]["command"] for runs in rows.values()]
@@ -133,7 +133,7 @@ def curve(runs):
 
 
 def plot(path, dataset, rows, teacher):
-    """mIoU against training time: along some runs, at the ends of others, and the teacher's."""
+    """Plot mIoU against training time: during and after trainings, and the teacher's."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -157,7 +157,7 @@ def plot(path, dataset, rows, teacher):
 
 
 def encoders(jobs, names):
-    """Lines about the pre-trained encoders that are done, of nets of these names."""
+    """Lines on the finished pre-trained encoders of these names."""
     lines = []
     for job in jobs:
         e = {} if job.row else read(job.made).get("encoder", {})
@@ -186,7 +186,7 @@ def title_of(dataset, groups):
 
 
 def section(dataset, groups, plan, jobs, path):
-    """Lines on a data set, or on a pair of classifiers, and its picture beside the file `path`."""
+    """Lines on a data set or a pair of classifiers; writes its plot beside the file `path`."""
     places = sorted({run["where"] for run in all_runs(groups)})
     lines = [f"## {title_of(dataset, groups)}", "", plan["note"], ""]
     lines += [f"Ran on: {'; '.join(places)}.", ""]
@@ -200,7 +200,7 @@ def section(dataset, groups, plan, jobs, path):
 
 
 def student_tables(dataset, groups, path):
-    """Lines on the students of a data set, and its picture beside the file `path`."""
+    """Lines on the students of a data set; writes its plot beside the file `path`."""
     lines, main = [], groups.get("main", {})
     teacher, alone = groups.get("teacher", {}).get("teacher"), main.get("alone")
     starts = {main[row][0]["steps"]: main[row] for row in LENGTHS["alone"] if row in main}
@@ -219,7 +219,7 @@ def student_tables(dataset, groups, path):
 
 
 def written(path):
-    """{title: lines} of the sections that a file of results holds."""
+    """{title: lines} of the sections in a file of results."""
     text = Path(path).read_text() if Path(path).exists() else ""
     parts = re.split("^(?=## )", text, flags=re.MULTILINE)[1:]
     return {
@@ -229,9 +229,9 @@ def written(path):
 
 
 def write(path, plan, jobs):
-    """The results of what is done, as Markdown, with a picture a data set beside it.
+    """Write the results of finished jobs as Markdown, with one plot per data set beside it.
 
-    Sections of other data sets, which another run of the suite wrote, stay.
+    Sections of other data sets, written by other runs of the suite, are kept.
     """
     path = Path(path)
     sections = written(path)

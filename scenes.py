@@ -1,9 +1,9 @@
 """
-Street scenes drawn by the program: the data set that needs no download. `draw(index)` gives an
+Street scenes drawn by this code: the data set that needs no download. `draw(index)` gives an
 image (96, 160, 3) and its labels (96, 160), both uint8, 255 = ignore; the same picture every time.
 
 The colours overlap on purpose (a wall, a bus and a car may share one; light and haze shift them
-all), so that a pixel has to be told by its shape and surroundings.
+all), so that a pixel must be recognised by shape and surroundings.
 """
 
 import numpy as np
@@ -43,7 +43,7 @@ class Canvas:
         return tuple(int(c) for c in np.clip(np.add(base, jitter), 0, 255))
 
     def shape(self, kind, xy, colour, cls=None):
-        """kind: rectangle, ellipse or polygon. cls=None paints a detail of what is there."""
+        """kind: rectangle, ellipse or polygon. cls=None paints a detail, on the image alone."""
         getattr(self.on_image, kind)(xy, fill=colour)
         if cls is not None:
             getattr(self.on_label, kind)(xy, fill=cls)
@@ -107,12 +107,12 @@ def ground(c, horizon):
 
 
 def scaled(x, y, s, *corners):
-    """Corners (right, up) in units of s, seen from the foot (x, y) of a thing, in pixels."""
+    """Corners (right, up), in units of s from an object's foot (x, y), as pixel positions."""
     return [(x + right * s, y - up * s) for right, up in corners]
 
 
 def pick(c, *colours):
-    """One of them, with the jitter of a painted surface."""
+    """One of the colours, with the jitter of a painted surface."""
     return c.colour(colours[c.rng.integers(len(colours))], 20)
 
 
@@ -153,7 +153,7 @@ def bus(c, x, y, s):
 
 
 def figure(c, x, y, s, cls):
-    """A person; the torso and legs of a rider are a person's too, only the wheels tell."""
+    """A person or a rider, who look alike except for the wheels."""
     legs, top = c.colour((60, 60, 80), 30), c.colour((130, 90, 90), 50)
     c.shape("rectangle", scaled(x, y, s, (-0.12, 0.5), (0.12, 0)), legs, cls)
     c.shape("rectangle", scaled(x, y, s, (-0.16, 0.85), (0.16, 0.4)), top, cls)
@@ -175,12 +175,12 @@ def pole(c, x, y, s):
 
 
 def things(c, horizon, road):
-    """Trees, vehicles, people and poles, the far ones first; size grows with nearness."""
+    """Trees, vehicles, people and poles, the farthest first; nearer ones are larger."""
     rng = c.rng
     depths = np.sort(rng.uniform(0.06, 0.95, rng.integers(8, 16)))
     for depth in depths:
         y = horizon + (HEIGHT - horizon) * depth
-        s = 6 + 34 * depth  # pixels a metre and a half
+        s = 6 + 34 * depth  # pixels per metre and a half
         left, right = road(y)
         kind = rng.choice(
             ["car", "bus", "rider", "person", "tree", "pole"], p=[0.27, 0.1, 0.11, 0.2, 0.16, 0.16]
@@ -209,14 +209,14 @@ def draw(index):
     horizon = int(HEIGHT * rng.uniform(0.35, 0.5))
     background(c, horizon)
     things(c, horizon, ground(c, horizon))
-    if rng.random() < 0.6:  # the bonnet of our own car: nobody is asked to label it
+    if rng.random() < 0.6:  # the bonnet of our own car, not to be labelled
         bonnet = (20, HEIGHT - 7, WIDTH - 20, HEIGHT + 30)
         c.shape("ellipse", bonnet, c.colour((60, 62, 66), 20), VOID)
     return weather(c.image, rng), np.asarray(c.label)
 
 
 def weather(image, rng):
-    """Haze, light and colour of the day, the blur of the lens, the noise of the sensor."""
+    """Haze, the light and colour of the day, lens blur, sensor noise."""
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.8)))
     x = np.asarray(image, np.float32)
     haze = rng.uniform(0, 0.35)

@@ -1,5 +1,5 @@
 """
-What a run can be told: defaults by data set, the paper's recipe, flags and their limits.
+A run's options: defaults by data set, the paper's recipe, flags and their limits.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import model
 import parallel
 from files import UserError, as_flag
 
-# What a first run on each data set should use. Flags win over the recipe, the recipe over these.
+# Defaults for a first run on each data set. Flags override the recipe, the recipe these.
 COMMON = dict(
     student="b0",
     teacher="b2",
@@ -35,7 +35,7 @@ COMMON = dict(
     normalise="imagenet",
     protocol="full",
 )
-# the teacher learns from 800 drawn scenes, the student from 20 of them: what a teacher is good for
+# the teacher learns from 800 drawn scenes, the student from 20: with few labels a teacher helps
 SCENES = dict(student="nano", teacher="b0", student_images=20, alone=True, max_iters=900)
 SCENES |= dict(crop_size=[96, 160], batch_size=8, lr=3e-3, scale=[0.75, 1.33])
 STREET = dict(crop_size=[768], batch_size=8, max_iters=80_000)
@@ -52,10 +52,10 @@ DEFAULTS = dict.fromkeys(catalog.DATASETS, COMMON) | {
 PAPER = dict(batch_size=2, teacher_batch_size=8, lr=6e-5, warmup=0.0, clip=0.0, colour=0.0)
 PAPER |= dict(class_weights="paper", csf_norm="batch", protocol="paper", dtype="float32")
 PAPER |= dict(label_stride=4, normalise="none")
-# where there are ImageNet weights, on the hub or in torchvision
+# where ImageNet weights are, on the hub or in torchvision
 IMAGENET = {f"b{n}": f"nvidia/mit-b{n}" for n in range(6)} | cnn.MODELS
 IMAGENET |= {f"pvt_v2_b{n}": f"OpenGVLab/pvt_v2_b{n}" for n in range(6)}
-FINE_TUNING_LR = 6e-5  # a rate that leaves pre-trained weights what they know
+FINE_TUNING_LR = 6e-5  # low, so that pre-trained weights keep what they have learned
 PAPER_EPOCHS, PAPER_DECAY_EPOCHS = 1000, 1500
 PAPER_DECIDES = ("crop_size", "scale", "warmup")
 OF_A_TEACHER = "teacher teacher_init teacher_lr teacher_iters teacher_batch_size".split()
@@ -89,24 +89,24 @@ def get_args(argv=None):
     p.add_argument("--student", help=f"one of {', '.join(model.MODELS)}")
     p.add_argument(
         "--teacher",
-        help=f"likewise, or {', '.join(cnn.MODELS)}; it should know clearly more than the student",
+        help=f"one of these, or {', '.join(cnn.MODELS)}; clearly better than the student",
     )
     p.add_argument(
         "--teacher-ckpt",
-        help="a trained one, so that none is trained: teacher.pt of a run, anybody's SegFormer, "
+        help="a trained teacher to use instead: teacher.pt of a run, anybody's SegFormer, "
         "torchvision's DeepLabV3 or FCN: a file, a folder, a name on the Hugging Face hub, "
         "torchvision/NAME",
     )
     p.add_argument(
         "--teacher-init",
         help="scratch; weights: a file, a folder, a name on the hub, torchvision/NAME; auto (the "
-        "default): ImageNet's, or scratch where they cannot be had, and for scenes",
+        "default): ImageNet's, or scratch where these are unavailable, and for scenes",
     )
     p.add_argument("--student-init", default="scratch", help="scratch (the default), or weights")
     p.add_argument(
         "--method",
         default="transkd-base",
-        help=f"{', '.join(methods.METHODS)} (default: transkd-base); a+b; list",
+        help=f"{', '.join(methods.METHODS)} (default: transkd-base); a+b for both; list",
     )
     p.add_argument("--alone", action=yes_or_no, help="also train the student by itself")
     p.add_argument(
@@ -117,20 +117,20 @@ def get_args(argv=None):
     p.add_argument(
         "--student-labels",
         type=int,
-        help="labels of only N of these; the others teach by --method alone, as every second image "
-        "of a batch, and the student alone does without them",
+        help="labels of only N of these; the other images serve --method only, as every second "
+        "one of a batch, and the student alone does not use them",
     )
     p.add_argument(
         "--unlabelled",
         metavar="SPLIT",
-        help="a split from whose images the student learns likewise, whether it has labels or not: "
+        help="a split whose images are used in the same way, without labels even if it has some: "
         "of a folder, unlabelled (D/unlabelled.txt)",
     )
     p.add_argument(
         "--recipe",
         choices=("default", "paper"),
         default="default",
-        help="paper: as TransKD was released, small batches and whole images, slow; see PAPER in "
+        help="paper: as in TransKD's release, small batches and whole images, slow; see PAPER in "
         "settings.py",
     )
     methods.add_flags(p)
@@ -140,28 +140,30 @@ def get_args(argv=None):
 
 
 def add_training_flags(p):
-    """How long and how fast a net learns, and from what its images are made."""
+    """Flags for the length of training, the optimiser, the loss and augmentation."""
     p.add_argument("--max-iters", type=int, help="steps of each training")
-    p.add_argument("--teacher-iters", type=int, help="of the teacher's (default: as many)")
-    p.add_argument("--batch-size", type=int, help="images a step, of all processes together")
-    p.add_argument("--teacher-batch-size", type=int, help="likewise, for the teacher")
     p.add_argument(
-        "--accumulate", type=int, default=1, help="take a batch in N parts, if it does not fit"
+        "--teacher-iters", type=int, help="steps of the teacher's training (default: as many)"
+    )
+    p.add_argument("--batch-size", type=int, help="images per step, of all processes together")
+    p.add_argument("--teacher-batch-size", type=int, help="the same, for the teacher")
+    p.add_argument(
+        "--accumulate", type=int, default=1, help="take a batch in N parts, to save memory"
     )
     p.add_argument("--lr", type=float, help="peak learning rate")
     p.add_argument(
         "--teacher-lr",
         type=float,
-        help=f"likewise, for the teacher (default: --lr; from weights {FINE_TUNING_LR} at most)",
+        help=f"the same, for the teacher (default: --lr; from weights {FINE_TUNING_LR} at most)",
     )
     p.add_argument("--warmup", type=float, help="share of the steps in which the rate rises")
-    p.add_argument("--weight-decay", type=float, help="of AdamW, not on vectors")
+    p.add_argument("--weight-decay", type=float, help="of AdamW; vectors have none")
     p.add_argument("--clip", type=float, help="largest gradient norm; 0: no clipping")
     p.add_argument(
         "--ema",
         type=float,
         default=0.0,
-        help="score and keep a running average of the weights, e.g. of 0.999",
+        help="score and save a running average of the weights, with this decay, e.g. 0.999",
     )
     p.add_argument(
         "--class-weights",
@@ -171,32 +173,40 @@ def add_training_flags(p):
     )
     # augmentation
     p.add_argument("--crop-size", type=int, nargs="+", help="height and width, or one for both")
-    p.add_argument("--scale", type=float, nargs=2, help="range of the random resize before it")
+    p.add_argument(
+        "--scale", type=float, nargs=2, help="range of the random resize before the crop"
+    )
     p.add_argument("--colour", type=float, help="strength of the colour changes; 0: none")
-    p.add_argument("--label-stride", type=int, help="labels, and their loss, at 1/N of the size")
+    p.add_argument(
+        "--label-stride", type=int, help="labels, and the loss, at 1/N of the crop's size"
+    )
     p.add_argument("--normalise", choices=("imagenet", "none"), help="none: RGB in [0, 1]")
     p.add_argument(
         "--protocol",
         choices=("full", "paper"),
-        help="of scoring; full: at the size of the labels; paper: as TransKD was released, images "
+        help="of scoring; full: at the size of the labels; paper: as in TransKD's release, images "
         "resized to a shorter side of 512, labels to a quarter of that",
     )
 
 
 def add_run_flags(p, eval_batch_size=8):
-    """Where a run lives, on what it runs, and what it tells."""
+    """Flags for a run's folder, cache, device, scoring, checkpoints and progress lines."""
     yes_or_no = argparse.BooleanOptionalAction
-    p.add_argument("--out-dir", help="a new folder (default: in out/, named by what is trained)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out-dir")
+    p.add_argument("--out-dir", help="a new folder (default: in out/, named after what is trained)")
+    p.add_argument("--resume", action="store_true", help="resume the run in --out-dir")
     p.add_argument("--cache", choices=("on", "off"), default="on", help="decode the files once")
     p.add_argument("--cache-dir", help="where to (default: .cache beside the data)")
     p.add_argument(
-        "--cache-gb", type=float, help="no split larger than this (default: half the free disk)"
+        "--cache-gb",
+        type=float,
+        help="cache no split larger than this (default: half the free disk)",
     )
     p.add_argument(
-        "--workers", type=int, help="that prepare batches (default: spare cores, if there is work)"
+        "--workers",
+        type=int,
+        help="processes that prepare batches (default: spare cores, if useful)",
     )
-    p.add_argument("--seed", type=int, default=0, help="of weights, batches and drops alike")
+    p.add_argument("--seed", type=int, default=0, help="of initial weights, batches and dropout")
     p.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:N, cpu"
     )
@@ -208,14 +218,14 @@ def add_run_flags(p, eval_batch_size=8):
     p.add_argument("--compile", action=yes_or_no, default=False, help="torch.compile the training")
     p.add_argument("--eval-every", type=int, default=0, help="also score every N steps")
     p.add_argument(
-        "--eval-batch-size", type=int, default=eval_batch_size, help="images of a size at a time"
+        "--eval-batch-size", type=int, default=eval_batch_size, help="images of one size at a time"
     )
     p.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
-    p.add_argument("--log-every", type=float, default=5, help="seconds between lines")
+    p.add_argument("--log-every", type=float, default=5, help="seconds between progress lines")
 
 
 def resolve(args):
-    """Fill in what was not given, from recipe and data set, and check what can be checked."""
+    """Fill in missing flags from the recipe and the data set's defaults, and check them all."""
     if args.dataset not in catalog.DATASETS:
         names = ", ".join(catalog.DATASETS)
         raise UserError(f"unknown dataset '{args.dataset}': choose one of {names}")
@@ -247,10 +257,10 @@ def resolve(args):
     if args.unlabelled in ("train", "val"):
         raise UserError(f"--unlabelled {args.unlabelled}: train and val have parts of their own")
     if args.unlabelled and args.method == "none":
-        raise UserError("--unlabelled has no effect on --method none: who would say what is there?")
+        raise UserError("--unlabelled has no effect on --method none, which has no teacher")
     check_limits(args, LIMITS)
     if not args.teacher:
-        return  # what there is to check of a teacher that is there, find_teacher does
+        return  # none, or a trained one, which find_teacher checks
     args.teacher_batch_size = args.teacher_batch_size or args.batch_size
     if args.teacher.startswith("deeplabv3") and args.teacher_batch_size == args.accumulate:
         words = "cannot learn from one image at a time: --teacher-batch-size 2 at least"
@@ -284,7 +294,7 @@ def fast_dtype(device):
 
 
 def check_limits(args, limits):
-    """UserError for a flag that is a number and not within its (smallest, largest) value."""
+    """UserError for a number outside its (smallest, largest) value."""
     for name, (low, high) in limits.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
@@ -298,18 +308,19 @@ def build_method(args, name, net, teacher=None):
 
 
 def check_method(args, teacher=None):
-    """UserError for flags and nets that do not go together: before any training, not after it."""
+    """UserError for flags and nets that do not go together, before any training."""
     with torch.device("meta"):
         teacher = teacher or model.build(args.teacher, 2)
         build_method(args, args.method, model.build(args.student, 2), teacher)
 
 
 def settings(args):
+    """The flags that may not change when a run is resumed."""
     return {name: value for name, value in vars(args).items() if name not in FREE}
 
 
 def command_line(args, script="train.py"):
-    """The command that says in full what was chosen by default."""
+    """The command with all defaults spelled out."""
     words = ["python", script]
     where = {name: getattr(args, name) for name in ("data_dir", "out_dir")}
     for name, value in (settings(args) | where).items():

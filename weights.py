@@ -1,15 +1,15 @@
 """
 Other people's weights: reading them from a file, a folder or a hub, and renaming their tensors.
 
-`read(source)` recognises a checkpoint by what is in it, not by its file name:
+`read(source)` recognises a checkpoint by its contents, not by its file name:
 
     ours             what model.save writes, or a state dict with our names
     NVlabs           mit_b*.pth, and SegFormer checkpoints (backbone.*, decode_head.*)
-    PVTv2, LVT       their authors' pvt_v2_b*.pth, named as NVlabs names, and lvt_*.pth.tar
-    Hugging Face     SegformerModel, ...ForImageClassification, ...ForSemanticSegmentation, and the
-                     like of PvtV2; as a folder, a file (.bin, .safetensors) or a name on the hub
+    PVTv2, LVT       their authors' pvt_v2_b*.pth, with NVlabs' tensor names, and lvt_*.pth.tar
+    Hugging Face     SegformerModel, ...ForImageClassification, ...ForSemanticSegmentation, and
+                     those of PvtV2; as a folder, a file (.bin, .safetensors) or a name on the hub
                      (nvidia/mit-b0)
-    mmsegmentation   its own MiT (backbone.layers.*); its head is another function and stays out
+    mmsegmentation   its own MiT (backbone.layers.*); its head, another function, is left out
     TransKD          the authors' release: student.* among adapters, no mean and std, a void class
     torchvision      ResNet-50 and -101, and DeepLabV3 and FCN on them; as a file, or by a name in
                      torchvision (torchvision/resnet50, torchvision/deeplabv3_resnet101)
@@ -29,20 +29,20 @@ import torch
 from downloads import digest, download
 from files import UserError, load_tensors
 
-FORMAT = "segmentation-student-1"  # the mark by which we know our own files
-OURS = ("format", "model", "num_classes", "head_width", "state_dict")  # what is no fact in them
+FORMAT = "segmentation-student-1"  # marks our own files
+OURS = ("format", "model", "num_classes", "head_width", "state_dict")  # all else in them is a fact
 
 # ------------------------------------------------------------------------------------------------
 # names
 
-# in front of the names
+# prefixes of the names
 WRAPPERS = r"^(?:(?:module|_orig_mod|student|backbone|segformer|pvt_v2)\.)+"
 STUDENT = r"^(?:(?:module|_orig_mod)\.)*student\."  # TransKD: the student among its adapters
 EMBED = r"encoder.stages.\1.patch_embed."
 BLOCK = r"encoder.stages.\1.blocks.\2."
 NORM = r"encoder.stages.\1.norm."
-RENAMES = (  # one after the other; the layouts' names do not get in each other's way
-    # where: stage and block
+RENAMES = (  # applied in order; the layouts' names do not clash
+    # the position: stage and block
     (r"^(?:encoder\.)?patch_embed(?:dings)?\.(\d)\.", EMBED),
     (r"^(?:stages|encoder\.layers)\.(\d)\.patch_embeddings?\.", EMBED),
     (r"^(?:layers\.)?(\d)\.0\.", EMBED),
@@ -52,7 +52,7 @@ RENAMES = (  # one after the other; the layouts' names do not get in each other'
     (r"^(?:encoder\.layer_norm|norm)\.(\d)\.", NORM),
     (r"^(?:stages|encoder\.layers)\.(\d)\.layer_norm\.", NORM),
     (r"^layers\.(\d)\.2\.", NORM),
-    # what, within a patch embedding or a block
+    # the tensor, within a patch embedding or a block
     (r"patch_embed\.projection\.", "patch_embed.proj."),
     (r"patch_embed\.layer_norm\.", "patch_embed.norm."),
     (r"\.layer_norm_(\d)\.", r".norm\1."),
@@ -105,9 +105,9 @@ def rename(name):
 def translate(tensors):
     """A state dict in any layout, in our names.
 
-    Keys and values, which Hugging Face has apart, become one matrix; mmsegmentation's joint q, k, v
-    become two, and its 1x1 convolutions matrices. TransKD's adapters keep their names: those of the
-    Embedding Assistant are called as patch embeddings are.
+    Hugging Face's separate keys and values become one matrix; mmsegmentation's joint q, k, v become
+    two, and its 1x1 convolutions become matrices. TransKD's adapters keep their names: those of the
+    Embedding Assistant would be taken for patch embeddings.
     """
     ours, wrapped = {}, any(re.match(STUDENT, name) for name in tensors)
     for name, value in tensors.items():
@@ -132,9 +132,9 @@ def translate(tensors):
 
 
 def read(source):
-    """(state dict in our names, facts) of a file, a folder or a hub's name.
+    """(state dict in our names, facts) of a file, a folder or a name on the hub.
 
-    facts, as far as the source tells: what `model.save` wrote beside our weights, or `classes`,
+    facts, as far as the source has them: what `model.save` wrote beside our weights, or `classes`,
     `palette`, `mean`, `std`, `heads`, `resize` (to this shorter side, before the net) and `void`
     (the output that means "none of the classes"). Raises UserError that says what is wrong.
     """
@@ -174,7 +174,7 @@ def locate(source):
 
 
 def load_any(path):
-    """What a .safetensors, .bin, .pth or .pt file holds, told apart by its first bytes."""
+    """The contents of a .safetensors, .bin, .pth or .pt file, recognised by its first bytes."""
     with open(path, "rb") as f:
         start = f.read(9)
     if start[8:] != b"{":  # safetensors: eight bytes of length, then JSON
@@ -270,7 +270,7 @@ def folder_facts(folder):
             for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
                 facts[ours] = [float(v) for v in inputs.get(theirs) or ()] or None
         size = inputs.get("size") if inputs.get("do_resize", True) else None
-        # for photos; scores need not be at this size, those of Cityscapes are at the files' own
+        # for photos; scoring need not resize to it: Cityscapes is scored at the files' own size
         facts["short_side"] = size and int(min(size.values()) if isinstance(size, dict) else size)
         if FORMAT in config:  # what export.py wrote
             facts |= dict(short_side=None) | config[FORMAT]
@@ -281,7 +281,7 @@ def folder_facts(folder):
 
 
 def fetch_from_hub(name):
-    """The folder of a hub's model in huggingface_hub's cache, downloaded if it is not there yet."""
+    """The folder of a model on the hub in huggingface_hub's cache, downloaded if missing."""
     by_hand = (
         f"get config.json, preprocessor_config.json (if there) and model.safetensors or "
         f"pytorch_model.bin from https://huggingface.co/{name}/tree/main and pass the folder"
@@ -321,7 +321,7 @@ def fetch_from_hub(name):
         if weights.suffix == ".json":
             names = set(map(str, read_json(weights).get("weight_map", {}).values()))
             parts = [get(part) for part in sorted(names)]
-    except (OSError, ValueError) as e:  # its errors of network, of the server, of a name
+    except (OSError, ValueError) as e:  # huggingface_hub's, of the network, the server or the name
         raise UserError(f"{name}: {str(e).splitlines()[0]} Or: {by_hand}") from e
     for part in filter(None, parts):
         verify(part)
@@ -329,9 +329,9 @@ def fetch_from_hub(name):
 
 
 def fetch_torchvision(name):
-    """The file of a torchvision model's weights in torch.hub's cache, fetched if it is not there.
+    """The file of a torchvision model's weights in torch.hub's cache, fetched if missing.
 
-    Of a ResNet's ImageNet weights the first version: what torchvision's own DeepLabV3 starts from.
+    Of a ResNet, the first version of the ImageNet weights, as torchvision's DeepLabV3 starts from.
     """
     from torchvision.models import get_model_weights
 
@@ -343,7 +343,7 @@ def fetch_torchvision(name):
 
 
 def cached(url, folder):
-    """The file of a URL that ends in -HASH.pth, HASH being the beginning of its SHA-256."""
+    """The file of a URL ending in -HASH.pth, HASH a prefix of its SHA-256; fetched if missing."""
     path = folder / url.rsplit("/", 1)[1]
     if not (path.exists() or reachable(url)):
         raise UserError(f"{url}: no connection; fetch it in a browser and put it at {path}")
@@ -352,7 +352,7 @@ def cached(url, folder):
 
 
 def verify(path):
-    """A large file's name in the hub's cache is its SHA-256: compare."""
+    """Compare a large file with its SHA-256, which is its name in the hub's cache."""
     blob = path.resolve()
     if re.fullmatch(r"[0-9a-f]{64}", blob.name):
         found = digest(blob)
@@ -362,7 +362,7 @@ def verify(path):
 
 
 def reachable(url):
-    """Whether anybody answers there, within seconds: the downloader itself would wait long."""
+    """Whether a server answers within seconds: the downloader itself would wait far longer."""
     if urllib.request.getproxies():
         return True
     parts = urllib.parse.urlsplit(url)

@@ -338,8 +338,8 @@ def test_mistakes(argv, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, form, message",
     [
-        ("lvt", "hf", "a lvt, which transformers has not; onnx or pt2 is"),
-        ("pvt_v2_b0", "hf", "a pvt_v2_b0, which transformers has not"),
+        ("lvt", "hf", "a lvt, which transformers lacks: use onnx or pt2"),
+        ("pvt_v2_b0", "hf", "a pvt_v2_b0, which transformers lacks"),
         ("fcn_resnet50", "pt2", "a fcn_resnet50; CNNs teach here"),
     ],
 )

@@ -198,7 +198,7 @@ def test_stopped_and_run_again(place, monkeypatch):
     child.send_signal(signal.SIGTERM)
     said, errors = child.communicate()
     assert child.returncode == 128 + signal.SIGTERM and not errors, errors
-    assert "the same again goes on" in said and not list((place / "out").rglob("metrics.json"))
+    assert "the same command resumes" in said and not list((place / "out").rglob("metrics.json"))
     rows = {k: suite.ROWS["labels"][k] for k in list(suite.ROWS["labels"])[1:3]}
     monkeypatch.setattr(suite, "ROWS", suite.ROWS | {"labels": rows})
     suite.main(get_args(place, "--only", "labels", "--jobs", "2"))
