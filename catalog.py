@@ -106,10 +106,12 @@ def check_classes(ckpt, net, facts, dataset):
     other = [k for k in range(n) if plain[0][k] != plain[1][k]]
     if other:
         k = other[0]
-        words = f"its class {k} is '{theirs[k]}', that of {dataset.name} '{ours[k]}'"
+        example = f"its class {k} is '{theirs[k]}', that of {dataset.name} '{ours[k]}'"
         if {plain[0][k] for k in other} & {*plain[1]}:
-            raise UserError(f"{ckpt} has other classes, or in another order: {words}")
-        print(f"!!! {ckpt}: {len(other)} of {n} classes have other names: {words}. Are they these?")
+            raise UserError(f"{ckpt} has other classes, or in another order: {example}")
+        print(
+            f"!!! {ckpt}: {len(other)} of {n} classes have other names: {example}. Are they these?"
+        )
 
 
 def complete(facts, num_classes, dataset=None):
@@ -203,9 +205,9 @@ def open_acdc(root):
 def open_street(root, images, labels, ids):
     """(table, pairs) of a tree of street scenes with Cityscapes' labels.
 
-    images: folder, pattern of a split's folders, end of the file names; labels: folder, beginning
-    of the end of theirs. labelTrainIds are used if all exist. The official preparation script,
-    which makes them, is not needed: labelIds are mapped by the table as they are read.
+    images: folder, pattern of a split's folders, end of the file names; labels: folder, what their
+    names have before labelIds.png. labelTrainIds are used if all exist. The official script, which
+    makes them, is not needed: labelIds are mapped by the table as they are read.
     """
     (images, pattern, end), (folder, mark) = images, labels
     found = {}  # split -> [(stem, image, label without its end)]
@@ -223,7 +225,7 @@ def open_street(root, images, labels, ids):
     kind = "labelTrainIds.png" if by_train_id else "labelIds.png"
     lost = [label + kind for *_, label in labelled if not Path(label + kind).exists()]
     if lost:
-        raise UserError(f"{len(lost)} of {len(labelled)} labels are not there: {lost[0]} ...")
+        raise UserError(f"{len(lost)} of {len(labelled)} labels are missing: {lost[0]} ...")
     pairs = {split: [(s, i, Path(p + kind)) for s, i, p in of] for split, of in found.items() if of}
     if "test" in pairs:  # its labels are withheld, or are dummies
         pairs["test"] = [(s, i, p if p.exists() else None) for s, i, p in pairs["test"]]
@@ -405,8 +407,8 @@ def read_image(path):
 def upright(image, path):
     """(H, W, 3) uint8 pixels of an open image, turned upright by its EXIF orientation."""
     if image.mode[0] in "IF":
-        words = "photos must have 8 bits a channel (from 16 bits: divide by 257)"
-        raise UserError(f"{path}: mode {image.mode}; {words}")
+        rule = "photos must have 8 bits per channel (from 16 bits: divide by 257)"
+        raise UserError(f"{path}: mode {image.mode}; {rule}")
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
@@ -425,8 +427,8 @@ def read_mat(path, *names):
                 raise ValueError(f"others in {name}")
         return whole
     except Exception as e:  # rubbish can raise anything
-        words = f"no MATLAB file up to v7 with whole numbers as {' and '.join(names)}"
-        raise UserError(f"{path}: {words} ({type(e).__name__}: {e})") from e
+        problem = f"no MATLAB file up to v7 with whole numbers as {' and '.join(names)}"
+        raise UserError(f"{path}: {problem} ({type(e).__name__}: {e})") from e
 
 
 def read_label(path):

@@ -108,6 +108,6 @@ def load(path):
     try:
         net.load_state_dict(state)
     except RuntimeError as e:
-        words = " ".join(str(e).split())[:200]
-        raise UserError(f"{path}: damaged, or no {tree['model']} ({words})") from e
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{path}: damaged, or no {tree['model']} ({reason})") from e
     return net.eval(), tree

@@ -151,8 +151,8 @@ def check(args):
         found = filter(None, [judge(splits, dataset) for judge in mistakes.PERHAPS])
         print_findings("perhaps", found)
     twice = same_images(dataset.pairs)
-    for words in twice:
-        print(words)
+    for message in twice:
+        print(message)
     if args.dataset != "scenes":
         report_spare_files(Path(args.data_dir), dataset)
     problems = [*in_files, *in_values, *twice, *errors]
@@ -162,12 +162,12 @@ def check(args):
 
 
 def first_of(judges, files, dataset):
-    return [words for judge in judges if (words := judge(files, dataset))][:1]
+    return [message for judge in judges if (message := judge(files, dataset))][:1]
 
 
 def print_findings(how_sure, found):
-    for words in found:
-        print(f"  {how_sure}: {words}")
+    for message in found:
+        print(f"  {how_sure}: {message}")
 
 
 def report(split, files, dataset, in_split):
@@ -177,13 +177,13 @@ def report(split, files, dataset, in_split):
     print(f"{split}: {len(files)} images, {len(sizes)} size(s): {shown}")
     wrong = [seen.error for seen in files if seen.error]
     print("\n".join(wrong[:10] + ["..."] * (len(wrong) > 10)) or "  every pair is readable")
-    alike = {}  # message -> the pairs that show this mistake
+    alike = {}  # what is wrong -> the pairs that show this mistake
     for seen in files:
         if seen.mistake:
             alike.setdefault(seen.mistake[0], []).append(seen)
     in_files = [
-        f"{len(same)} of {len(files)} pairs, such as {same[0].stem} ({same[0].mistake[1]}): {words}"
-        for words, same in alike.items()
+        f"{len(same)} of {len(files)} pairs, such as {same[0].stem} ({same[0].mistake[1]}): {what}"
+        for what, same in alike.items()
     ]
     print_findings("likely", in_files + in_split)
     total, counts = mistakes.pixels_of(files).sum(), mistakes.by_class(files, dataset)
@@ -202,9 +202,9 @@ def same_images(pairs):
     """Messages on images that a split has more than once, and on images to learn from that are in
     val too: the same file, or another with the same bytes."""
     splits = [split for split in ("train", "unlabelled") if split in pairs]
-    found = [words for split in (*splits, "val") for words in repeated(split, pairs)]
+    found = [message for split in (*splits, "val") for message in repeated(split, pairs)]
     digest = functools.cache(downloads.digest)
-    return found + [words for split in splits for words in same_as_in_val(split, pairs, digest)]
+    return found + [message for split in splits for message in same_as_in_val(split, pairs, digest)]
 
 
 def repeated(split, pairs):

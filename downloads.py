@@ -116,8 +116,8 @@ def fetch_once(url, part, note, size, checked):
             if reply.headers.get_content_type() == "text/html":  # a login, a hotel's network
                 raise Cut("a web page in place of the file", again=False)
             if size and total and total != size:
-                words = "another file by now? Not fetched; look at its page"
-                raise UserError(f"{url}: {total} bytes, expected {size}: {words}")
+                advice = "another file by now? Not fetched; look at its page"
+                raise UserError(f"{url}: {total} bytes, expected {size}: {advice}")
             tag, date = reply.headers.get("ETag", ""), reply.headers.get("Last-Modified")
             part.unlink(missing_ok=True)  # before the note: they must never disagree
             # a weak tag, W/"...", does not promise the same bytes

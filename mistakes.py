@@ -224,7 +224,7 @@ def few_bits(files, dataset):
         return (
             f"{len(cut)} of {len(files)} labels, such as {cut[0].stem}, have a palette that ends "
             f"at {cut[0].top}: void, {IGNORE}, became {cut[0].top} when they were written. Write "
-            "them anew with 8 bits a pixel, mode L"
+            "them anew with 8 bits per pixel, mode L"
         )
 
 

@@ -184,7 +184,7 @@ def nyu_splits(path, n):
     if len(set(both)) < len(both):
         twice = sorted(i for i in set(both) if both.count(i) > 1)
         raise UserError(
-            f"{path}: image {twice[0]} is there twice ({len(twice)} are), expected once"
+            f"{path}: {len(twice)} image(s) listed twice, such as {twice[0]}, expected once"
         )
     return lists
 

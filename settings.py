@@ -263,8 +263,8 @@ def resolve(args):
         return  # none, or a trained one, which find_teacher checks
     args.teacher_batch_size = args.teacher_batch_size or args.batch_size
     if args.teacher.startswith("deeplabv3") and args.teacher_batch_size == args.accumulate:
-        words = "cannot learn from one image at a time: --teacher-batch-size 2 at least"
-        raise UserError(f"{args.teacher} normalises a map of 1x1 over the batch and {words}")
+        limit = "cannot learn from one image at a time: --teacher-batch-size 2 at least"
+        raise UserError(f"{args.teacher} normalises a map of 1x1 over the batch and {limit}")
     check_method(args)
 
 

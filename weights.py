@@ -143,8 +143,8 @@ def read(source):
     state = translate(tensors)
     if not any(re.match(r"encoder\.stages\.0\.|backbone\.layer1\.", name) for name in state):
         some = ", ".join(list(tensors)[:4]) or "none"
-        words = "no SegFormer and no ResNet in a layout that we know"
-        raise UserError(f"{source}: {words}; its tensors: {some}")
+        problem = "no SegFormer and no ResNet in a layout that we know"
+        raise UserError(f"{source}: {problem}; its tensors: {some}")
     if str(source).startswith("torchvision/"):
         facts.setdefault("resize", 520)  # the shorter side at which its segmenters were scored
     if any(re.match(RELEASE, name) for name in tensors):
@@ -239,8 +239,8 @@ def read_folder(folder):
             name for name in ("student.pt", "teacher.pt", "encoder.pt") if (folder / name).exists()
         ]
         hint = f"; pass {folder / ours[0]}" if ours else ""
-        words = f"neither {names[0]} nor {names[1]} in it (nor shards of them)"
-        raise UserError(f"{folder}: {words}{hint}")
+        problem = f"neither {names[0]} nor {names[1]} in it (nor shards of them)"
+        raise UserError(f"{folder}: {problem}{hint}")
     return tensors, folder_facts(folder)
 
 
@@ -275,8 +275,8 @@ def folder_facts(folder):
         if FORMAT in config:  # what export.py wrote
             facts |= dict(short_side=None) | config[FORMAT]
     except (TypeError, ValueError, KeyError, AttributeError) as e:
-        words = f"{type(e).__name__}: {e}"
-        raise UserError(f"{folder}: its config files are not as they should be ({words})") from e
+        problem = f"{type(e).__name__}: {e}"
+        raise UserError(f"{folder}: its config files are not as they should be ({problem})") from e
     return facts
 
 
@@ -296,7 +296,7 @@ def fetch_from_hub(name):
         raise UserError(f"{name}: no connection to {constants.ENDPOINT}; {by_hand}")
 
     if not is_cached:
-        print(f"{name}: downloading from {constants.ENDPOINT}/{name} (its licence is there)")
+        print(f"{name}: downloading from {constants.ENDPOINT}/{name} (see its licence there)")
 
     def get(*files):
         for file in files:

@@ -238,7 +238,7 @@ def test_an_empty_folder_is_an_error_that_helps(tmp_path, name):
 def test_a_label_that_is_not_there(tmp_path):
     root = cityscapes(tmp_path)
     next(root.glob("gtFine/train/*/*000001*")).unlink()
-    with pytest.raises(UserError, match="1 of 5 labels are not there: .*000001_000019_gtFine_lab"):
+    with pytest.raises(UserError, match="1 of 5 labels are missing: .*000001_000019_gtFine_lab"):
         catalog.open_dataset("cityscapes", root)
 
 

@@ -102,7 +102,7 @@ def test_exif_orientation_is_respected(folder):
 def test_photos_of_16_bits_are_refused(folder):
     path = folder / "images" / "p0.png"
     Image.fromarray(np.full((40, 48), 60000, np.uint16)).save(path)
-    with pytest.raises(UserError, match="photos must have 8 bits a channel"):
+    with pytest.raises(UserError, match="photos must have 8 bits per channel"):
         catalog.read_image(path)
 
 

@@ -819,7 +819,7 @@ WRONG = {
     ),
     "splits overlap": (
         lambda f: bad_small(f, "splits", trainNdxs=TRAIN, testNdxs=TEST + 1),
-        r"image 3 is there twice \(1 are\), expected once",
+        r"1 image\(s\) listed twice, such as 3, expected once",
     ),
     "empty split": (
         lambda f: bad_small(f, "splits", trainNdxs=TRAIN, testNdxs=TEST[:0]),
