@@ -287,6 +287,7 @@ def fetch_from_hub(name):
         f"pytorch_model.bin from https://huggingface.co/{name}/tree/main and pass the folder"
     )
     try:
+        from huggingface_hub import _CACHED_NO_EXIST as NO_SUCH_FILE
         from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as e:
@@ -300,6 +301,11 @@ def fetch_from_hub(name):
 
     def get(*files):
         for file in files:
+            found = try_to_load_from_cache(name, file)  # without asking the hub once more
+            if found is NO_SUCH_FILE:
+                continue
+            if found:
+                return Path(found)
             try:
                 return Path(hf_hub_download(name, file))
             except LocalEntryNotFoundError:
