@@ -2,12 +2,12 @@
 Distillation methods of other papers, behind the interface of distill.py: nn.Modules built from the
 channels of student and teacher, called as `method(student, teacher, images, labels)`.
 
-All but review are as in the comparison of Yang et al. (CIRKD, CVPR 2022) and look where its scripts
-do: at the logits and at the decoded map after its ReLU, pixels without a label included unless
-something else is said. Weights are those of its scripts for SegFormers, or for CNNs if there are no
-others (fitnet, at). To each but dsd the scripts add kd with weight 1: `--method skd+kd`. Left out
-are the adversarial parts, of weight 0.001 there, of skd, ifvd and cwd. Where the teacher's map has
-another size than the student's, the teacher's is resized.
+All but review are as in the comparison of Yang et al. (CIRKD, CVPR 2022) and use what its scripts
+use: the logits and the decoded map after its ReLU, unlabelled pixels included unless stated
+otherwise. Weights are those of its scripts for SegFormers, or for CNNs if there are no others
+(fitnet, at). To each but dsd the scripts add kd with weight 1: `--method skd+kd`. The adversarial
+parts of skd, ifvd and cwd, of weight 0.001 there, are left out. Where the teacher's map differs in
+size from the student's, the teacher's is resized.
 """
 
 import torch
@@ -21,7 +21,7 @@ from model import to_tokens
 from nets import full_precision
 
 # ------------------------------------------------------------------------------------------------
-# what several of them need
+# shared by several methods
 
 
 def decoded_maps(student, teacher):
@@ -30,14 +30,14 @@ def decoded_maps(student, teacher):
 
 
 def attention(x):
-    """Where a map (B, C, h, w) is strong: mean of its squares over C, as a unit vector (B, h*w)."""
+    """A map (B, C, h, w)'s strength: the mean of its squares over C, as unit vectors (B, h*w)."""
     return F.normalize(x.square().mean(dim=1).flatten(1))
 
 
 def class_masks(labels, size, classes):
-    """Where each class is: labels (B, H, W), nearest neighbour at `size` -> bool (B, K, h*w)."""
+    """A mask per class: labels (B, H, W), nearest neighbour at `size` -> bool (B, K, h*w)."""
     near = F.interpolate(labels[:, None].float(), size=size, mode="nearest").flatten(2)
-    return near == torch.arange(classes, device=labels.device)[:, None]  # IGNORE is none of them
+    return near == torch.arange(classes, device=labels.device)[:, None]  # IGNORE is in no mask
 
 
 # ------------------------------------------------------------------------------------------------
@@ -48,8 +48,8 @@ class PixelKD(nn.Module):
     """Soft-label distillation of every pixel (Hinton et al., arXiv 1503.02531, for dense outputs).
 
     T^2 * KL(softmax(teacher / T) || softmax(student / T)) over the classes, averaged over the
-    pixels of the stride-4 logits, or, of classifiers' logits (B, K), over the images. No label is
-    used, so pixels without one teach as well.
+    pixels of the stride-4 logits, or, of classifiers' logits (B, K), over the images. Labels
+    are not used, so pixels without one count too.
     """
 
     needs_teacher = needs_head = True
@@ -98,7 +98,7 @@ class FitNet(nn.Module):
 class AttentionTransfer(nn.Module):
     """AT (Zagoruyko & Komodakis, arXiv 1612.03928, eq. 2): mean (a_s - a_t)^2 of `attention`.
 
-    The mean over h*w positions, where the paper has a norm, is why the weight is 1e4.
+    The weight is 1e4 because of the mean over h*w positions, where the paper has a norm.
     """
 
     needs_teacher = needs_head = True
@@ -117,8 +117,8 @@ class ChannelWise(nn.Module):
 
     Where the widths differ, a 1x1 conv brings the student's decoded map to the teacher's channels.
     The mean is over these; the published code divides by the student's, which makes the feature
-    term C_t / C_s times as strong: for B2 -> B0 that is `--cwd-feature-weight 15`. A weight of 0
-    leaves its part out. (CIRKD reports B0 taught so by a B4 as worse than B0 alone.)
+    term C_t / C_s times as large: for B2 -> B0 that is `--cwd-feature-weight 15`. A weight of 0
+    leaves its part out. (CIRKD reports B0 taught this way by B4 as worse than B0 alone.)
     """
 
     needs_teacher = needs_head = True
@@ -153,7 +153,7 @@ class KnowledgeReview(nn.Module):
     """KR (Chen et al., arXiv 2104.09044): the four stages, fused from deep to shallow; HCL.
 
         x_i = BN(Conv1x1(F_i));  m_4 = x_4;  r = upsample(m_{i+1})    64 channels, nearest
-        a_x, a_r = sigmoid(Conv1x1([x_i, r]))                         one map for each of the two
+        a_x, a_r = sigmoid(Conv1x1([x_i, r]))                         one map each
         m_i = a_x * x_i + a_r * r                                     (ABF)
         term = sum_i hcl(BN(Conv3x3(m_i)), F_i^T)
 
@@ -192,7 +192,7 @@ class KnowledgeReview(nn.Module):
 
 
 class StructuredKD(nn.Module):
-    """SKD (Liu et al., arXiv 1903.04197), its pair-wise term: how alike any two positions are.
+    """SKD (Liu et al., arXiv 1903.04197), its pair-wise term: the similarity of any two positions.
 
     The decoded maps are max-pooled 2x2; mean (cos(s_i, s_j) - cos(t_i, t_j))^2 over all pairs i, j
     of an image. Its pixel-wise term is kd; the adversarial ("holistic") one is left out.
@@ -213,8 +213,8 @@ class StructuredKD(nn.Module):
 class IntraClassVariation(nn.Module):
     """IFVD (Wang et al., ECCV 2020): how far each pixel is from the mean of its class in its image.
 
-    v = cos(f, mean f of the class); mean (v_s - v_t)^2 over the pixels with a label, which are the
-    nearest ones at the map's size. (The published code also counts, as 0, those without.)
+    v = cos(f, mean f of the class); mean (v_s - v_t)^2 over the pixels with a label, labels taken
+    by nearest neighbour at the map's size. (The published code counts those without as 0.)
     """
 
     needs_teacher = needs_head = True
@@ -227,7 +227,7 @@ class IntraClassVariation(nn.Module):
         """Map (B, C, h, w) and masks (B, K, h*w) -> cosines (B, h*w)."""
         x = to_tokens(x)  # (B, h*w, C)
         with full_precision(x):
-            sums = masks.float() @ x  # (B, K, C); for a cosine as good as means
+            sums = masks.float() @ x  # (B, K, C); equivalent to means in a cosine
             own = masks.mT.float() @ sums  # (B, h*w, C): that of the pixel's class
         return F.cosine_similarity(x, own, dim=2)
 
@@ -243,10 +243,10 @@ class DoubleSimilarity(nn.Module):
 
         PSD: mean (r_s - r_t)^2, r = normalize(attention(logits) - attention(decoded)) over h*w
         CSD: mean (P_s P_s^T - P_t P_t^T)^2 over K x K, P = softmax over positions of logits / 4,
-             which are averaged 2x2 before
+             first averaged over 2x2 positions
 
     Rows of P sum to 1 over thousands of positions: CSD is tiny, about 1e-9 on random logits, and
-    hardly acts at its published weight. A weight of 0 leaves its part out.
+    has hardly any effect at its published weight. A weight of 0 leaves its part out.
     """
 
     needs_teacher = needs_head = True
@@ -274,13 +274,13 @@ class DoubleSimilarity(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # relations across images
 
-PIXELS = 16  # of each class in each image go into CIRKD's queue
+PIXELS = 16  # per class and image, for CIRKD's queue
 
 
 def similarity_kl(s, t, s_keys, t_keys):
     """KL(teacher || student) of softmax(row . keys / 0.1): s (n, C), keys (m, C) -> (n,).
 
-    The backward pass computes the (n, m) matrices anew, so that none is kept until then.
+    The backward pass recomputes the (n, m) matrices, so that none is kept until then.
     """
 
     def kl(s, t, s_keys, t_keys):
@@ -294,7 +294,10 @@ def similarity_kl(s, t, s_keys, t_keys):
 
 
 def push(queue, at, rows, filled):
-    """Add rows (K, m, C) to the rings (K, size, C) at `at` (K,), up to the first not `filled`."""
+    """Add rows (K, m, C) to the ring buffers (K, size, C) at `at` (K,).
+
+    Only rows that are `filled` (K, m), which come first, are added.
+    """
     k = torch.arange(len(queue), device=queue.device)[:, None]
     places = (at[:, None] + torch.arange(rows.shape[1], device=queue.device)) % queue.shape[1]
     queue[k, places] = torch.where(filled[:, :, None], rows, queue[k, places])
@@ -302,25 +305,26 @@ def push(queue, at, rows, filled):
 
 
 class CIRKD(nn.Module):
-    """CIRKD (Yang et al., arXiv 2204.06986): what a pixel resembles, in this image and in others.
+    """CIRKD (Yang et al., arXiv 2204.06986): a pixel's similarities, within and across images.
 
     Each term is a mean over pixels of KL(teacher || student) of softmax(cosines / 0.1):
 
-        batch    to the pixels of every image of the batch; each net's own
-        pixels   to pixels of this and earlier images;  regions  to means of a class in one of these
+        batch    to the pixels of every image of the batch, each net's to its own
+        pixels   to pixels of this and earlier images
+        regions  to the means of a class in one of these images
 
-    The last two look at pixels with a label, and compare both nets with what the teacher saw: the
+    The last two use pixels with a label, and compare both nets with the teacher's features: the
     student's map goes through conv-BN-ReLU-conv to its channels. Each class has a queue of pixels
     and one of regions, random at first (245 MB for 20 classes of a B2, saved with a run). Before it
-    is compared, an image adds 16 random pixels of each class, and the mean of all of the class's;
-    about cirkd_*_contrast / K random entries of each queue are compared with. A weight of 0 leaves
-    its part out, and its queue.
+    is compared, an image adds 16 random pixels of each class, and the mean of all the class's
+    pixels; about cirkd_*_contrast / K random entries of each queue serve as keys. A weight of 0
+    leaves its part out, and its queue.
 
-    Fixed here: the published code takes an index into a class's pixels for one into the image, so
-    its pixel queues hold other classes. cirkd_pool: batch first averages 2x2 pixels, as when
+    Fixed here: the published code mistakes an index into a class's pixels for one into the image,
+    so its pixel queues hold other classes. cirkd_pool: batch first averages 2x2 pixels, as when
     CIRKD's SegFormer table was made; other versions take 4 (the newest only on large maps). batch
-    pairs the images of one process, a single one with itself; the queues hold what process 0 sees
-    (DDP hands its buffers to all), while the published code gathers those of all.
+    pairs the images of one process, each with itself too; the queues hold the images of process 0
+    (DDP broadcasts its buffers), while the published code gathers those of all processes.
     """
 
     needs_teacher = needs_head = True

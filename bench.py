@@ -1,13 +1,13 @@
 """
-How long a training step and an image take, and why: everything measured in one run, side by side.
+The time of training steps and of inference, and its causes, measured side by side in one run.
 
     python bench.py                                              # minutes on two cores
-    python bench.py --only step --size 512x1024 --batch-size 16  # a question for a GPU
-    python bench.py --only methods                               # what each method costs
+    python bench.py --only step --size 512x1024 --batch-size 16  # one question, on a GPU
+    python bench.py --only methods                               # the cost of each method
     python bench.py --json bench.json --plot bench.png
 
-Times are medians of repeated runs after a warm-up, the device synchronised. Compare those of one
-run with each other; those of another machine, or hour, are other numbers. Images are noise, nets
+Times are medians of repeated runs after a warm-up, the device synchronised. Compare only times of
+one run: they differ from machine to machine, and from hour to hour. Images are noise and nets
 untrained: neither changes what is computed.
 """
 
@@ -38,7 +38,7 @@ from step import Learner, Teacher, parameter_groups, update
 from timing import Stopwatch, hardware, in_processes, matmul_peak, memory, timed
 
 # How a step can be computed; each line adds to the one before it. naive is what the released code
-# does: a graph and a head for the teacher, heads as drawn in the paper, attention written out.
+# does: autograd graph and head for the teacher, heads as drawn in the paper, explicit attention.
 # kept_memory is `parallel.keep_memory`.
 VARIANTS = {
     "naive": {},
@@ -56,7 +56,7 @@ FACTS |= dict.fromkeys(("void", "resize", "short_side"))
 
 
 def noise(size, num_classes, images=16):
-    """A split of noise, of images twice as high and wide as the crops: Cityscapes' proportions."""
+    """A split of noise images, twice as high and wide as the crops, as for Cityscapes."""
     rng = np.random.default_rng(0)
     h, w = (2 * n for n in size)
     pixels = rng.integers(256, size=images * 3 * h * w, dtype=np.uint8)
@@ -72,12 +72,12 @@ def loader(args, batch_size, workers):
 
 
 def written_out(q, k, v):
-    """model.attend in three operations. (torch's SDPBackend.MATH has more, and is slower still.)"""
+    """model.attend in three operations. (torch's SDPBackend.MATH has more and is even slower.)"""
     return ((q * q.shape[3] ** -0.5) @ k.mT).softmax(dim=3) @ v
 
 
 def build_step(args, spec, lean=False, channels_last=False, compile=False):
-    """(learner, the teacher's look) of a training step, on the device."""
+    """(learner, the teacher's forward pass) of a training step, on the device."""
     torch.manual_seed(0)
     teacher = model.build(args.teacher, args.num_classes).eval()
     student = model.build(args.student, args.num_classes)
@@ -86,7 +86,7 @@ def build_step(args, spec, lean=False, channels_last=False, compile=False):
     if lean:
         look = Teacher(teacher, FACTS, FACTS["mean"], FACTS["std"], method.needs_head)
     else:
-        look = teacher  # called as it is: with its graph and its head
+        look = teacher  # called directly: with autograd graph and head
         for net in (teacher, student):
             net.forward = mock.patch.object(model, "attend", written_out)(net.forward)
         for module in (*teacher.modules(), *student.modules()):
@@ -103,7 +103,7 @@ def build_step(args, spec, lean=False, channels_last=False, compile=False):
 
 
 def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
-    """What a step takes: seconds in all and in its parts, and the memory it needs in GB."""
+    """A step's cost: seconds, in total and by part, and memory in GB."""
     how = dict(VARIANTS[variant])
     if how.pop("keep", False):
         parallel.keep_memory()
@@ -154,9 +154,9 @@ def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
 
 
 def step_flops(args):
-    """FLOPs an image of (the teacher's look, the whole step): 2 a multiply-accumulate.
+    """FLOPs per image of (the teacher's forward pass, the whole step): 2 per multiply-accumulate.
 
-    The products of the lean step, each once: backward is twice the forward of student and adapters.
+    Those of the lean step, each once; backward is twice the forward of student and adapters.
     """
     with torch.device("meta"):
         teacher, student = (
@@ -178,7 +178,7 @@ def step_flops(args):
 def bench_step(args, peaks):
     h, w = args.size
     print(f"\na training step: {args.method}, {args.teacher} to {args.student}, ", end="")
-    print(f"{args.batch_size} images of {h}x{w}; of peak: useful FLOP/s, teacher's look and step")
+    print(f"{args.batch_size} images of {h}x{w}; of peak: useful FLOP/s, teacher and step")
     names = ("data", "teacher", "student", "losses", "backward", "optimiser")
     titles = "".join(f"{name:>10s}" for name in names)
     print(f"{'':14s}{'ms':>7s}{'faster':>8s}{titles}{'GB':>7s}{'img/s':>8s}{'of peak':>12s}")
@@ -238,7 +238,7 @@ def time_inference(args, net, size, batch, dtype="float32"):
 
 
 def bench_inference(args, peaks):
-    """Rows of (what, kind, size, batch, seconds): by image area, by batch, by model."""
+    """Rows of (what, kind, size, batch, seconds): by image size, by batch, by model."""
     rows, (h, w) = [], args.size
     names = dict.fromkeys((*args.models, args.student))
     ours = {name: model.build(name, args.num_classes).eval() for name in names}
@@ -259,7 +259,7 @@ def bench_inference(args, peaks):
         return seconds
 
     def table(what, heads, cells):
-        print(f"\n{args.student}, milliseconds an image, by {what}")
+        print(f"\n{args.student}, milliseconds per image, by {what}")
         print(f"{'':24s}" + "".join(f"{head!s:>12}" for head in heads))
         for kind, (net, dtype) in kinds.items():
             print(f"{kind:24s}", end="")
@@ -280,11 +280,11 @@ def bench_inference(args, peaks):
 
 
 # ------------------------------------------------------------------------------------------------
-# the rest of a run: data, processes, methods
+# other measurements: data, processes, methods
 
 
 def bench_data(args, peaks):
-    """Images a second of one host process, and of the device's part."""
+    """Images per second of one host process, and of the device's part."""
     batches = loader(args, args.batch_size, 0)
     host = args.batch_size / timed(lambda: next(batches), "cpu", args.seconds / 2)
     batch = next(batches)
@@ -294,19 +294,19 @@ def bench_data(args, peaks):
     )
     device = args.batch_size / seconds
     h, w = args.size
-    print(f"\ndata, crops of {h}x{w} from images of {2 * h}x{2 * w}, images a second: ", end="")
+    print(f"\ndata, crops of {h}x{w} from images of {2 * h}x{2 * w}, images per second: ", end="")
     print(f"one process cuts {host:.0f}, the device resamples {device:.0f}")
     rates = dict(host_img_s=host, device_img_s=device)
     if args.workers:
         batches = loader(args, args.batch_size, args.workers)
         seconds = timed(lambda: next(batches), "cpu", 2 * args.seconds, least=50)
         rates["workers_img_s"] = args.batch_size / seconds
-        print(f"{args.workers} worker processes deliver {rates['workers_img_s']:.0f} a second")
+        print(f"{args.workers} worker processes deliver {rates['workers_img_s']:.0f} per second")
     return rates
 
 
 def time_rank(args, rank, world, port, batch_size):
-    """A step in one of `world` processes: of one run if there is a port, each its own if not."""
+    """A step's seconds in one of `world` processes, of one run if given a port, else separate."""
     torch.set_num_threads(max(1, os.cpu_count() // world))
     device = torch.device(args.device)
     if port:
@@ -329,10 +329,10 @@ def time_rank(args, rank, world, port, batch_size):
 
 
 def bench_processes(args, peaks, world=2):
-    """What it costs that processes work on one batch, and not each on its own."""
+    """Seconds of a step: processes that share a batch, against separate ones."""
     cuda = torch.device(args.device).type == "cuda"
     if cuda and torch.cuda.device_count() < world:
-        print(f"\nprocesses: {world} of them want {world} GPUs")
+        print(f"\nprocesses: {world} of them need {world} GPUs")
         return None
     share, seconds = max(1, args.batch_size // world), {}
     with socket.socket() as s:
@@ -350,7 +350,7 @@ def bench_processes(args, peaks, world=2):
 
 
 def bench_methods(args, peaks):
-    """The step of every method, as a multiple of the student's alone."""
+    """The time of every method's step, as a multiple of training without distillation."""
     variant = "bfloat16" if torch.device(args.device).type == "cuda" else "channels_last"
     print(f"\na step of each method, {args.teacher} to {args.student}, {variant}")
     print(f"{'':14s}{'ms':>7s}{'of none':>9s}{'GB':>7s}")
@@ -386,7 +386,7 @@ def plot(rows, path):
     figure, axes = pyplot.subplots(1, len(whats), figsize=(12, 3.6), layout="constrained")
     for axis, what in zip(axes, whats):
         mine = [r for r in rows if r["what"] == what]
-        axis.set(title=what, ylabel="ms an image")
+        axis.set(title=what, ylabel="ms per image")
         if what == "model":
             axis.bar([r["kind"] for r in mine], [1000 * r["seconds"] for r in mine])
             continue
@@ -417,14 +417,14 @@ def get_args(argv=None):
         nargs="+",
         choices=SECTIONS,
         default=[*SECTIONS][:-1],
-        help="what to measure (all but the methods, which take minutes)",
+        help="what to measure (default: all but methods, which takes minutes)",
     )
     p.add_argument(
         "--variants",
         nargs="+",
         choices=VARIANTS,
-        help="of the training step (all; without a GPU compiled only if asked for, as it takes "
-        "minutes, and likewise bfloat16 where the device emulates it)",
+        help="of the training step (default: all, but without a GPU not compiled, which takes "
+        "minutes, and not bfloat16 where the device emulates it)",
     )
     p.add_argument("--student", default="b0", help=f"one of {', '.join(model.MODELS)}")
     p.add_argument("--teacher", default="b2", help=f"one of {', '.join(model.NAMES)}")
@@ -432,7 +432,7 @@ def get_args(argv=None):
     p.add_argument(
         "--models", nargs="*", default=["nano", "b0", "b1", "b2"], help="whose inference is timed"
     )
-    p.add_argument("--num-classes", type=int, default=19, help="of all nets (19)")
+    p.add_argument("--num-classes", type=int, default=19, help="of all nets (default: 19)")
     size = "512x1024" if cuda else "352x480"
     p.add_argument("--size", type=flops.size, default=size, help="HEIGHTxWIDTH of a crop")
     p.add_argument("--batch-size", type=int, default=16 if cuda else 4, help="of a training step")
@@ -441,7 +441,9 @@ def get_args(argv=None):
     p.add_argument(
         "--workers", type=int, default=parallel.spare_cores() if cuda else 0, help="for data"
     )
-    p.add_argument("--seconds", type=float, default=8, help="spent on a step; others take a part")
+    p.add_argument(
+        "--seconds", type=float, default=8, help="spent on measuring a step; others take a share"
+    )
     p.add_argument("--device", default="cuda" if cuda else "cpu", help="cuda, cuda:N, cpu")
     p.add_argument("--json", help="write every number to this file")
     p.add_argument("--plot", help="draw the inference times into this file")
@@ -449,7 +451,7 @@ def get_args(argv=None):
 
 
 def check(args):
-    """UserError for what cannot be measured: before minutes are spent on the rest."""
+    """UserError for what cannot be measured, before minutes are spent on the rest."""
     device = parallel.get_device(args.device)
     native = parallel.has_native(device, "bfloat16")
     if args.variants is None:

@@ -1,14 +1,14 @@
 """
 C2VKD, "CNN to ViT knowledge distillation" (Zheng et al., arXiv 2310.07265), as far as it is known:
-a RECONSTRUCTION. The authors' public code has the calls of all four terms and the bodies of three.
-It lacks that of PDD (here after descriptions of the paper's equations 8 and 9), the attention pool
-of the linguistic term and its weights, and cannot be run.
+a RECONSTRUCTION. The authors' public code calls all four terms and implements three. It lacks PDD
+(written here from descriptions of the paper's equations 8 and 9), the attention pool of the
+linguistic term and its weights, and cannot be run.
 
     L = PDD(logits, labels)                                              in place of cross-entropy
       + 0.1 * KL of the deepest maps over channels  + 0.1 * MSE of their Gram matrices       (VLFD)
-      + 0.5 * KL of the maps' language embeddings, if CLIP's attention pool is there
+      + 0.5 * KL of the maps' language embeddings, given CLIP's attention pool
 
-Written for a teacher with a ResNet; any teacher will do but for the linguistic term.
+Designed for ResNet teachers; all but the linguistic term works with any teacher.
 """
 
 import math
@@ -27,20 +27,20 @@ from nets import full_precision, resize
 
 
 def kl(student, teacher):
-    """KL(softmax(teacher) || softmax(student)) over dim 1, divided by ALL elements, dim 1 too.
+    """KL(softmax(teacher) || softmax(student)) over dim 1, divided by the number of ALL elements.
 
-    As in the code; the paper's equations are reported to have student and teacher in turned roles.
+    As in the code; in the paper's equations student and teacher are reported to be swapped.
     """
     log_s, log_t = (z.float().log_softmax(dim=1) for z in (student, teacher))
     return F.kl_div(log_s, log_t, reduction="none", log_target=True).mean()
 
 
 def graph(student, teacher):
-    """Mean squared difference of how all positions of all images of maps (B, C, H, W) relate.
+    """Mean squared difference of Gram matrices: maps (B, C, H, W), all positions of all images.
 
-    Rows, one a position, are scaled to length 1 and then centred over channels; their products
+    Rows, one per position, are scaled to length 1 and then centred over channels; their products
     are divided by C - 1. So a product is 1 / (C - 1) at most, and the value (2 / (C - 1))^2: at
-    C = 2048 less than 1e-6. As published, this term is there in name only.
+    C = 2048 less than 1e-6. As published, this term has practically no effect.
     """
     rows = []
     for x in (student, teacher):
@@ -50,10 +50,10 @@ def graph(student, teacher):
 
 
 def split(logits, labels):
-    """Log-probabilities of the label y and of all else, (B, H, W) each, and among all else.
+    """Log-probabilities of the label y, of all else, (B, H, W) each, and within all else.
 
-    labels: (B, H, W) int64. The third (B, K, H, W) is the log-softmax over the classes but y, whose
-    own entry is as good as minus infinity.
+    labels: (B, H, W) int64. The third, (B, K, H, W), is the log-softmax over the classes except y,
+    whose own entry is practically minus infinity.
     """
     log_p = logits.log_softmax(dim=1)
     others = log_p.scatter(1, labels[:, None], -1e4)
@@ -64,16 +64,16 @@ def split(logits, labels):
 def pdd(student, teacher, labels, reading="binary", target=0.5, rest=0.5):
     """Pixel-wise decoupled distillation of logits (B, K, h, w), resized to labels (B, H, W).
 
-    s = (s_y, 1 - s_y) and t: the student's and the teacher's probability of the label and of all
-    else. Mean over labelled pixels of, by `reading`,
+    s = (s_y, s_n) and t = (t_y, t_n): the student's and the teacher's probabilities of the label
+    and of all else. Mean over labelled pixels of, by `reading`,
 
     "binary": target * s_y log(s_y / q_y) + rest * s_n log(s_n / q_n), with q = (t + (1, 0)) / 2,
-              halfway from the teacher to the label. A reverse KL: smallest at s = q, but not 0
-              there, and with hardly a gradient where the student is surely wrong. Blind to which
-              wrong class the teacher prefers.
+              halfway from the teacher to the label. A reverse KL: with equal weights it is 0 at
+              s = q, not at s = t. It has hardly any gradient where the student is confidently
+              wrong, and ignores which wrong class the teacher prefers.
     "dkd":    target * KL(t || s) + rest * KL(teacher || student) among the other classes, that is
               decoupled distillation (Zhao et al., CVPR 2022). Only the teacher is fitted: labels
-              say where to split.
+              only define the two parts.
     """
     labels = labels.long()
     valid = labels != IGNORE
@@ -92,8 +92,8 @@ def pdd(student, teacher, labels, reading="binary", target=0.5, rest=0.5):
 class AttentionPool(nn.Module):
     """CLIP's attention pool (Radford et al., arXiv 2103.00020), frozen: (B, C, H, W) -> (B, D).
 
-    The mean over positions asks, itself and all positions answer: attention with one query. The
-    positional embedding is resized to H x W. Buffers, for none of it is to be trained.
+    Attention with one query, the mean over positions, on that mean and all positions. The
+    positional embedding is resized to H x W. The weights are buffers, as none of them is trained.
 
     source: a file with the tensors `visual.attnpool.*` of a CLIP with a ResNet, as torch.save
     writes them (or any state dict that has them).
@@ -126,29 +126,30 @@ class AttentionPool(nn.Module):
         grid = resize(to_map(grid[None], self.side, self.side), size)  # (1, C, H, W)
         x = x + torch.cat([mean, to_tokens(grid)[0]])
         q = F.linear(x[:, :1], self.q_proj_weight, self.q_proj_bias)  # (B, 1, C)
-        k = F.linear(x, self.k_proj_weight, self.k_proj_bias)
+        k = F.linear(x, self.k_proj_weight, self.k_proj_bias)  # (B, 1 + H*W, C)
         v = F.linear(x, self.v_proj_weight, self.v_proj_bias)
+        # (B, n, C) -> (B, heads, n, C / heads), n = 1 for q, 1 + H*W for k and v
         q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)  # (B, C)
-        return F.linear(y, self.c_proj_weight, self.c_proj_bias)
+        return F.linear(y, self.c_proj_weight, self.c_proj_bias)  # (B, D)
 
 
 class C2VKD(nn.Module):
-    """PDD of the logits, VLFD of the deepest maps: student's stage 4, teacher's layer4.
+    """PDD of the logits, VLFD of the deepest maps: the student's stage 4, the teacher's layer4.
 
-    Both are resized (bilinear) to the student's stride-16 grid, that of the published teacher; a
-    1x1 convolution without bias gives the student's the teacher's channels before that. The graph
+    A 1x1 convolution without bias brings the student's to the teacher's channels; then both are
+    resized (bilinear) to the student's stride-16 grid, that of the published teacher. The graph
     term compares across the images of one process.
 
-    c2vkd_pdd: "binary" or "dkd", the two readings of what PDD is (see `pdd`), with the weights
+    c2vkd_pdd: "binary" or "dkd", the two readings of PDD (see `pdd`), with the weights
     c2vkd_alpha of the label's part and c2vkd_beta of the rest's.
-    c2vkd_ce: add the cross-entropy. The published loop computes it and leaves it out.
+    c2vkd_ce: add the cross-entropy. The published loop computes it but does not add it.
     c2vkd_global, c2vkd_graph: the weights of VLFD; at the published ones both terms are so small
-    (see `kl` and `graph`) that they hardly move anything.
+    (see `kl` and `graph`) that they hardly have an effect.
     c2vkd_clip: a file with CLIP's attention pool, which turns the teacher's map into a language
     embedding that the student's mean vector is to predict by one linear layer, with the weight
-    c2vkd_language. Without it that term is left out: no other pool can stand in for it. That it
-    was RN101's is a guess by its dimensions.
+    c2vkd_language. Without it that term is left out: no other pool can replace it. That it was
+    RN101's is a guess from its dimensions.
     """
 
     needs_teacher = needs_head = True

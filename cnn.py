@@ -10,15 +10,15 @@ CNN teachers: torchvision's DeepLabV3 (Chen et al., arXiv 1706.05587) and FCN (L
     out.decoded             # (B, width, ceil(H/8), ceil(W/8)), before the head's last ReLU
 
 Tensors have torchvision's names, so its weights fit as they are. The auxiliary head is left out.
-DeepLabV3 normalises, over the batch alone, a map pooled to 1x1: it cannot learn from one image at a
-time, and from two it learns little there.
+DeepLabV3 pools one map to 1x1 and batch-normalises it, over the batch alone: it cannot learn from
+one image at a time, and with two that branch learns little.
 """
 
 from torch import nn
 
 from nets import Drop, Output
 
-# name: the ImageNet weights of its backbone, as weights.read knows them
+# name: its backbone's ImageNet weights, by their name in weights.read
 MODELS = {
     "deeplabv3_resnet50": "torchvision/resnet50",
     "deeplabv3_resnet101": "torchvision/resnet101",
@@ -34,7 +34,7 @@ class CNN(nn.Module):
 
     def __init__(self, name, num_classes):
         super().__init__()
-        from torchvision.models import get_model  # it takes seconds, and MiT does without
+        from torchvision.models import get_model  # takes seconds, and MiT does without it
 
         net = get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
         self.name, self.num_classes = name, num_classes
@@ -42,7 +42,7 @@ class CNN(nn.Module):
         self.width = self.classifier[-1].in_channels  # 256; 512 in an FCN
         for parent in list(self.modules()):
             for key, child in parent.named_children():
-                if isinstance(child, nn.Dropout):  # the same, with coins that processes can share
+                if isinstance(child, nn.Dropout):  # the same, with coins shared by all processes
                     setattr(parent, key, Drop(child.p, dims=4))
 
     def forward(self, images, head=True):
@@ -62,7 +62,7 @@ class CNN(nn.Module):
 
 
 def recognise(state):
-    """(name in MODELS, number of classes) of a state dict; None for what it does not tell."""
+    """(name in MODELS, number of classes) of a state dict; None for what it does not show."""
     blocks = {name.split(".")[2] for name in state if name.startswith("backbone.layer3.")}
     backbone = {6: "resnet50", 23: "resnet101"}.get(len(blocks))
     head = "deeplabv3" if any(name.startswith("classifier.0.convs.") for name in state) else "fcn"

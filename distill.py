@@ -1,6 +1,6 @@
 """
 TransKD (Liu et al., "TransKD: Transformer Knowledge Distillation for Efficient Semantic
-Segmentation", arXiv 2202.13393): what a student learns from a teacher beside the labels.
+Segmentation", arXiv 2202.13393): what a student learns from a teacher in addition to the labels.
 
     feature maps       F_i^S --CSF--> Fhat_i        compared with F_i^T by HCL, four stages
     patch embeddings   E_i^S --PEA--> P_i           compared with E_i^T by MSE, four stages
@@ -11,9 +11,9 @@ Segmentation", arXiv 2202.13393): what a student learns from a teacher beside th
 A method is an nn.Module built from the channels of student and teacher and called as
 `method(student, teacher, images, labels)` with two `nets.Output`s. It returns a dict of named,
 weighted scalars for the loop to sum and log. Its parameters, the adapters, train with the student's
-and are thrown away after: the deployed student has none of them. `needs_teacher` says whether a
-teacher looks at the images at all, `needs_head` whether its head does: if not, its logits and
-decoded map are None.
+and are then discarded: the deployed student has none of them. `needs_teacher` tells whether the
+teacher is run at all, `needs_head` whether its head is: if not, its logits and decoded map are
+None.
 
 To learn TransKD read `hcl`, `CrossSelectiveFusion`, `PatchEmbeddingAlignment`, `TransKD.forward`.
 """
@@ -29,11 +29,11 @@ from model import PATCHES, PatchEmbed, init_weights
 from nets import resize
 from parallel import process_mean, rank_and_world
 
-IGNORE = 255  # the label of pixels that no loss and no metric looks at
-CHUNK = 2**22  # most full-size logits the cross-entropy makes at a time; one image's at least
+IGNORE = 255  # the label of pixels that no loss and no metric counts
+CHUNK = 2**22  # most full-size logits the cross-entropy holds at once; at least one image's
 
 # ------------------------------------------------------------------------------------------------
-# losses: in float32, whatever the autocast, and means over what counts
+# losses: computed in float32 under any autocast; means over what is valid
 
 
 def valid_mean(values, valid):
@@ -42,18 +42,18 @@ def valid_mean(values, valid):
 
 
 def valid_count(valid):
-    """The sum of `valid`, a process's share of it if there are several; 1 if it is 0."""
+    """The sum of `valid`, averaged over the processes; 1 if that is 0."""
     count = process_mean(valid.sum(dtype=torch.float32))
     return torch.where(count > 0, count, torch.ones_like(count))
 
 
 def paper_weights(pixels):
-    """(K,) pixels of each class -> its weight in the TransKD release, 1 / ln(1.10 + share)."""
+    """Pixels per class (K,) -> class weights (K,) of TransKD's release, 1 / ln(1.10 + share)."""
     return (1 / torch.log(1.10 + pixels / pixels.sum().clamp(min=1))).float()
 
 
 def label_weights(labels, class_weights=None):
-    """What each pixel of labels (B, H, W) counts in the cross-entropy: 0 if it is IGNORE."""
+    """Each pixel's weight in the cross-entropy, (B, H, W) like the labels: 0 if it is IGNORE."""
     weights = (labels != IGNORE).float()
     if class_weights is not None:
         weights = weights * class_weights[labels.long().clamp(max=len(class_weights) - 1)]
@@ -64,7 +64,7 @@ def cross_entropy(logits, labels, class_weights=None, count=None):
     """CE of logits (B, K, h, w), resized to the labels (B, H, W), over labels other than IGNORE.
 
     With class_weights (K,) it is the weighted mean, sum(w_y * ce) / sum(w_y), as in torch. count:
-    what to divide by in place of sum(w_y).
+    a divisor to use in place of sum(w_y).
     """
     weights = label_weights(labels, class_weights)
     total = ResizedCrossEntropy.apply(logits.float(), labels, weights)
@@ -72,15 +72,15 @@ def cross_entropy(logits, labels, class_weights=None, count=None):
 
 
 class ResizedCrossEntropy(torch.autograd.Function):
-    """The same as this, image by image and in less memory:
+    """The following, a few images at a time and in less memory:
 
         ce = F.cross_entropy(resize(logits, size), labels, reduction="none", ignore_index=IGNORE)
         (weights * ce).sum()
 
     Logits as large as the labels are the largest tensors of a step: 19 classes take 637 MB for 16
-    images of 512x1024, and autograd keeps several. Here the gradient, softmax - one_hot, is made
-    where the loss is, and brought back to the size of the logits: that is all that is kept. The
-    classes of a pixel lie side by side, as the softmax, the resize and its adjoint like them best.
+    images of 512x1024, and autograd keeps several. Here the gradient, softmax - one_hot, is
+    computed along with the loss and brought back to the size of the logits; nothing else is kept.
+    The classes of a pixel are adjacent in memory: fastest for softmax, resize and its adjoint.
     """
 
     @staticmethod
@@ -106,7 +106,7 @@ class ResizedCrossEntropy(torch.autograd.Function):
 
 
 def resize_adjoint(x, shape):
-    """The transpose of `resize` from `shape`: what x, a gradient of its output, is at its input."""
+    """The transpose of `resize` from `shape`: takes x, a gradient at its output, to its input."""
     if x.shape == shape:
         return x
     return torch.ops.aten.upsample_bilinear2d_backward(x, x.shape[2:], shape, False, None, None)
@@ -116,7 +116,7 @@ def hcl(student, teacher):
     """Hierarchical context loss of two maps (B, C, H, W) (Chen et al., "Knowledge Review").
 
     MSE at full size and after pooling to 4x4, 2x2 and 1x1, with weights 1, 1/2, 1/4, 1/8, divided
-    by their sum. A level not below the map's height is left out and does not halve the weight.
+    by their sum. Levels not smaller than the map's height are skipped, without halving the weight.
     """
     d = student.float() - teacher.float()  # pooling is linear: pool the difference once
     loss, weight, total = d.square().mean(), 1.0, 1.0
@@ -145,7 +145,7 @@ def to_grid(x, size):
 
 
 def matched(s, t):
-    """Maps of student and teacher in float32, the teacher's at the student's size (B, C, h, w)."""
+    """Maps (B, C_s, h, w), (B, C_t, H, W) in float32, the teacher's at the student's size."""
     return s.float(), to_grid(t.float(), s.shape[2:])
 
 
@@ -176,8 +176,8 @@ class CrossSelectiveFusion(nn.Module):
     norm="none", the default: squeeze = ReLU(Conv1x1).
     norm="batch": as the authors released it, ReLU(BN(Conv1x1)), and at batch 1, where a batch norm
     of a 1x1 map has nothing to normalise, a second, separate ReLU(Conv1x1). At batch 2 that BN maps
-    any two samples to a value and its negative: hardly anything of the image is left in the
-    attention.
+    any two samples to a value and its negative: hardly any information on the image is left in
+    the attention.
     """
 
     def __init__(self, student_channels, teacher_channels, norm="none", mid=64, squeeze=32):
@@ -198,22 +198,23 @@ class CrossSelectiveFusion(nn.Module):
             self.attend_r.append(nn.Conv2d(squeeze, mid, 1))
 
     def fuse(self, i, x, r):
-        r = F.interpolate(r, size=x.shape[2:], mode="nearest")
+        r = F.interpolate(r, size=x.shape[2:], mode="nearest")  # (B, 64, H_i, W_i), like x
         g = (x + r).mean(dim=(2, 3), keepdim=True)  # (B, 64, 1, 1)
         squeeze = self.squeeze[i]
         if self.norm == "batch":
             unused = self.squeeze_single[i]
-            if len(g) * rank_and_world()[1] == 1:  # one image in all processes
+            if len(g) * rank_and_world()[1] == 1:  # one image over all processes
                 squeeze, unused = unused, squeeze
             g = g + sum(0 * p.sum() for p in unused.parameters())  # DDP wants a gradient for all
         z = squeeze(g)  # (B, 32, 1, 1)
         a = torch.stack([self.attend_x[i](z), self.attend_r[i](z)]).softmax(dim=0)
+        # a: (2, B, 64, 1, 1)
         return a[0] * x + a[1] * r  # (B, 64, H_i, W_i)
 
     def forward(self, features):
         fused = []
         for i in reversed(range(len(features))):
-            m = self.reduce[i](features[i])
+            m = self.reduce[i](features[i])  # (B, 64, H_i, W_i)
             if fused:
                 m = self.fuse(i, m, fused[0])
             fused.insert(0, m)
@@ -230,7 +231,7 @@ class GLMixer(nn.Module):
         E' = w_a * MHSA(E) + w_c * (Conv(E) * sigmoid(Conv(E)))      8 heads; Conv1d, 3 tokens wide
 
     w_a and w_c are learned and start at `init`: at 0.5, E' is the mean of the two. (The authors'
-    code leaves them uninitialised, so what its results began from is unknown.)
+    code leaves them uninitialised, so the values its results started from are unknown.)
     """
 
     def __init__(self, dim, heads=8, init=0.5, residual=False):
@@ -246,10 +247,11 @@ class GLMixer(nn.Module):
         self.w_local = nn.Parameter(torch.tensor([float(init)]))
 
     def forward(self, x):
+        # (B, N, 3, heads, d) -> 3 x (B, heads, N, d), d = C / heads
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
         y = self.proj(y.transpose(1, 2).flatten(2))  # (B, N, C)
-        t = x.transpose(1, 2)  # (B, C, N): neighbours along the raster order
+        t = x.transpose(1, 2)  # (B, C, N): neighbours in raster order
         local = (self.conv(t) * self.gate(t).sigmoid()).transpose(1, 2)  # (B, N, C)
         y = self.w_global * y + self.w_local * local
         return y + x if self.residual else y
@@ -259,9 +261,9 @@ class PatchEmbeddingAlignment(nn.Module):
     """PEA, of TransKD: student embeddings (B, N_i, c_i) -> (B, N_i, C_i), by a Linear.
 
     variant="gl": at stage 4 the GL-Mixer comes first.
-    variant="ea": the Embedding Assistant, a second patch embedding with the teacher's
-    channels, looks at what the student's own sees (the image, then the map of the stage before):
-        P_i = u_i * Linear_i(E_i) + v_i * EA_i(input_i),   u = .1 .2 .3 .4, v = .5 .6 .7 .8 at first
+    variant="ea": the Embedding Assistant, a second patch embedding with the teacher's channels,
+    has the same input as the student's own (the image, then the map of the stage before):
+        P_i = u_i * Linear_i(E_i) + v_i * EA_i(input_i),  initially u = .1 .2 .3 .4, v = .5 .6 .7 .8
     """
 
     def __init__(self, student_channels, teacher_channels, stages, variant, gl_init, gl_residual):
@@ -283,7 +285,7 @@ class PatchEmbeddingAlignment(nn.Module):
     def forward(self, student, images):
         aligned = []
         for k, i in enumerate(self.stages):
-            e = student.embeddings[i]
+            e = student.embeddings[i]  # (B, N_i, c_i)
             if self.variant == "gl" and i == 3:
                 e = self.mixer(e)
             p = self.linears[k](e)  # (B, N_i, C_i)
@@ -318,7 +320,7 @@ class TransKD(nn.Module):
     feature_weight, embed_weight: factors on the two sums; 1 in the paper; 0 leaves a part out.
 
     A CNN's maps are brought to the student's grids (`to_grid`); it has no patch embeddings
-    (has_embeddings), so that CSF alone can learn from it.
+    (has_embeddings), so only CSF can learn from it.
     """
 
     needs_teacher, needs_head = True, False

@@ -1,12 +1,13 @@
 """
-What a model costs: parameters, multiply-accumulates, latency; and what a method adds in training.
+A model's cost: parameters, multiply-accumulates, latency; and what a method adds in training.
 
     python flops.py --model b0 b2 --num-classes 20 --size 512x1024
     python flops.py --model b0 --teacher b2 --method transkd-base --num-classes 20
 
 GMACs (10^9 multiply-accumulates; FLOPs are twice that) follow the papers: convolutions and linear
-layers of the network as its paper draws it. Two things that this hides stand beside it: the matrix
-products inside attention, and what really runs here, where the head multiplies before it resizes.
+layers of the network as its paper draws it. Two figures beside them show what this leaves out: the
+matrix products inside attention, and what is executed here, where the head multiplies before it
+resizes.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def measure(net, image, extra=None):
 
 
 def measure_named(name, num_classes, size):
-    """Parameters and GMACs of a fresh model at `size` (H, W), without memory for its weights."""
+    """Parameters and GMACs of a new model at `size` (H, W), without memory for its weights."""
     with torch.device("meta"):
         net, image = model.build(name, num_classes), torch.empty(1, 3, *size)
     return dict(params=model.count_parameters(net), **measure(net, image))
@@ -101,7 +102,7 @@ def with_method(spec, student, teacher, num_classes, size, **options):
 
 
 def print_methods(student, teacher, num_classes, size):
-    """--method list: every method, and what it adds to the student."""
+    """--method list: every method, and its additional parameters and GMACs in training."""
     own = measure_named(student, num_classes, size)
     print(f"methods, from {teacher} to {student}, at {size[0]}x{size[1]}")
     print(f"{'':12s} {'+ params':>10s} {'+ GMACs':>8s}  paper")
@@ -127,7 +128,7 @@ def size(text):
 def get_args(argv=None):
     p = argparse.ArgumentParser(description="Count parameters and GMACs", allow_abbrev=False)
     p.add_argument("--model", nargs="+", help=f"of {', '.join(model.NAMES)} (default: b0 b2)")
-    p.add_argument("--num-classes", type=int, default=19, help="outputs a pixel (default: 19)")
+    p.add_argument("--num-classes", type=int, default=19, help="outputs per pixel (default: 19)")
     p.add_argument("--size", type=size, default="512x1024", help="HEIGHTxWIDTH of the image")
     p.add_argument(
         "--method",

@@ -1,9 +1,9 @@
 """
-What training loops share: the run and its files, the steps of a stage, signals, lines that tell.
+What training loops share: the run and its files, the steps of a stage, signals, progress lines.
 
-A stage saves all it needs to go on (last.pt) every minute and when a signal asks it to stop. As
-everything random in a step comes from the seed and the step's number, a run that goes on from there
-is the run that was never interrupted.
+A stage saves all it needs to continue (last.pt) every minute and when a signal asks it to stop. As
+all randomness of a step comes from the seed and the step's number, a resumed run is the same as one
+that was never interrupted.
 """
 
 import argparse
@@ -47,9 +47,9 @@ class Run:
     world: int = 1
     results: dict = dataclasses.field(default_factory=dict)  # stage -> metrics, if finished
     inits: dict = dataclasses.field(default_factory=dict)  # stage -> what it started from
-    data: dict = dataclasses.field(default_factory=dict)  # what tells it from other data
+    data: dict = dataclasses.field(default_factory=dict)  # by which --resume recognises the data
     state: dict | None = None  # last.pt, while a stage is to be resumed
-    signals: list = dataclasses.field(default_factory=list)  # that came in
+    signals: list = dataclasses.field(default_factory=list)  # received
 
     def print(self, *words):
         if self.rank == 0:
@@ -65,8 +65,8 @@ class Run:
 def start(args, batch_sizes, results):
     """Join the processes of a run: dict(out, device, rank, world), the first fields of a Run.
 
-    UserError if the batch sizes are not those of so many processes, or if --out-dir holds a run
-    (`results`: files that one leaves there) that is not to be resumed.
+    UserError if a batch size does not divide by processes x --accumulate, or if --out-dir holds a
+    run (`results`: the files that one leaves there) that is not to be resumed.
     """
     device = parallel.start(args.device)
     rank, world = parallel.rank_and_world()
@@ -92,16 +92,16 @@ def start(args, batch_sizes, results):
 
 
 def claim(out, rank):
-    """Make --out-dir, and keep other runs out of it until this process ends, however it ends.
+    """Make --out-dir and lock it against other runs until this process ends, however it ends.
 
-    UserError if one is at work there. Where there are no locks nothing is kept out.
+    UserError if another run uses it. Where file locks are unavailable, nothing is locked.
     """
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0 and fcntl:
         lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: that would unlock it
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for half in out.glob("last.pt.tmp*"):  # written when a run was killed
+            for half in out.glob("last.pt.tmp*"):  # left by a run killed while saving
                 half.unlink()
         except OSError as e:
             if e.errno in (errno.EACCES, errno.EAGAIN):
@@ -126,7 +126,7 @@ def resume(run):
     if run.rank == 0 and log.exists():  # drop what came after the saved step
         keep = []
         for line in log.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line that was cut off by a crash
+            with contextlib.suppress(ValueError):  # a line cut off by a crash
                 record = json.loads(line)
                 again = "lr" not in record and record["step"] == state.get("total")  # last score
                 before = record["step"] <= state["step"] and not again
@@ -136,7 +136,7 @@ def resume(run):
 
 
 def check_same(run, state):
-    """UserError that names all settings and data which are not those of the run in last.pt."""
+    """UserError that names all settings and data that differ from those of the run in last.pt."""
     then, told = state.get("data", {}), []
     pairs = {files.as_flag(k): (state["settings"].get(k), v) for k, v in settings(run.args).items()}
     pairs |= {f"the data are others: {k}": (then.get(k, v), v) for k, v in run.data.items()}
@@ -150,7 +150,7 @@ def check_same(run, state):
 
 
 def save_state(run, stage=None, step=0, parts=None, total=None):
-    """last.pt, all that --resume needs. parts: name -> object with a state_dict, within a stage."""
+    """Write last.pt, all that --resume needs. parts, within a stage: name -> stateful object."""
     if run.rank == 0:
         tree = dict(format="run-state-2", stage=stage, step=step, results=run.results, total=total)
         tree |= dict(settings=settings(run.args), inits=run.inits, data=run.data)
@@ -159,14 +159,14 @@ def save_state(run, stage=None, step=0, parts=None, total=None):
 
 
 def save_metrics(run, tree):
-    """metrics.json: `tree`, the results of all stages, what the run was told, where it ran."""
+    """Write metrics.json: `tree`, the results of all stages, the settings, the hardware."""
     tree = tree | run.results | dict(settings=settings(run.args))
     tree |= dict(hardware=hardware(run.device), torch=torch.__version__)
     files.write_text(run.out / "metrics.json", json.dumps(tree, indent=1) + "\n")
 
 
 def catch_signals(run):
-    """SIGTERM and the first Ctrl-C: finish the step, save, leave. A second one leaves at once."""
+    """SIGTERM and the first Ctrl-C: finish the step, save, exit. A second Ctrl-C exits at once."""
 
     def caught(number, frame):
         if number == signal.SIGINT and number in run.signals:
@@ -189,9 +189,9 @@ def freeze(net, device):
 def trained_parts(run, learner, teacher, lr, decay_everything=False):
     """The parts of a stage that training changes: learner (on its device), optimizer, scaler.
 
-    In several processes the learner's batch norms and drops become those of the whole batch. With
-    --compile its calls and the teacher's are compiled, if there is one: those of a step, at its one
-    size. Scoring, at any size, stays as it is.
+    With several processes, the learner's batch norms and drops become those of the whole batch.
+    --compile compiles its calls in a step and the teacher's, if there is one: they have one size.
+    Scoring, at any size, is not compiled.
     """
     learner = learner.to(run.device).to(memory_format=torch.channels_last)
     if run.world > 1:
@@ -208,13 +208,13 @@ def trained_parts(run, learner, teacher, lr, decay_everything=False):
 
 
 def run_steps(run, stage, parts, batches, loss_terms, schedule, score, count=None):
-    """The steps of a stage, from the first or where run.state has it, to schedule["total"].
+    """The steps of a stage, from the first or from that in run.state, to schedule["total"].
 
     parts: what `trained_parts` returns and, if there is one, ema, a running average of
-    learner.student; batches: augment.Batches, `accumulate` of them a step;
-    loss_terms(learner, batch): dict of scalars, with a last argument count(batches of a step) if
-    there is one; score(net, step): for --eval-every.
-    Returns the seconds that it took, of interrupted runs together, scoring left out.
+    learner.student; batches: augment.Batches, `accumulate` of them per step;
+    loss_terms(learner, batch): dict of scalars; if `count` is given, count(batches of a step) is
+    its last argument; score(net, step): for --eval-every.
+    Returns the seconds it took, interrupted runs included, scoring excluded.
     """
     args, total = run.args, schedule["total"]
     watch = Watch(run, stage, total, batches.batch_size * args.accumulate)
@@ -234,7 +234,7 @@ def run_steps(run, stage, parts, batches, loss_terms, schedule, score, count=Non
         micro = [next(batches) for _ in range(args.accumulate)]
         counted = [count(micro)] if count else []
         for part, batch in enumerate(micro):
-            torch.manual_seed(hash((args.seed, step, part)))  # one for all processes, see Drop
+            torch.manual_seed(hash((args.seed, step, part)))  # the same in all processes, see Drop
             syncs = run.world == 1 or part == args.accumulate - 1
             with contextlib.nullcontext() if syncs else wrapped.no_sync():
                 terms = loss_terms(wrapped, batch, *counted)
@@ -261,7 +261,7 @@ def run_steps(run, stage, parts, batches, loss_terms, schedule, score, count=Non
 
 
 def restore(run, stage, parts):
-    """Put what run.state holds into the parts of this stage; returns its first step."""
+    """Load run.state, if it is of this stage, into its parts; returns the first step to take."""
     if not run.state or run.state["stage"] != stage:
         return 0
     for name, part in parts.items():
@@ -272,7 +272,7 @@ def restore(run, stage, parts):
 
 
 def load(batches, numbers, workers, device):
-    """The host batches of these numbers, in their order, prepared by worker processes."""
+    """The host batches of these numbers, in order, prepared by worker processes."""
     loader = torch.utils.data.DataLoader(
         batches,
         batch_size=None,
@@ -284,16 +284,16 @@ def load(batches, numbers, workers, device):
 
 
 # ------------------------------------------------------------------------------------------------
-# lines that tell
+# progress lines
 
 
 class Watch:
-    """Sums the loss terms on the device, and says every few seconds how things go."""
+    """Sums the loss terms on the device, and prints and logs their means every few seconds."""
 
     def __init__(self, run, stage, total, batch_size):
         self.run, self.stage, self.total, self.batch_size = run, stage, total, batch_size
         self.names, self.sums, self.bad = [], 0, None
-        self.before = 0.0  # seconds that the stage took until it was interrupted
+        self.before = 0.0  # seconds that the stage took before it was interrupted
 
     def state_dict(self):
         return dict(seconds=self.seconds())
@@ -314,7 +314,7 @@ class Watch:
         self.sums = self.sums + values
 
     def check(self):
-        """Stop if a term was not finite. Asked only now and then, for it waits for the device."""
+        """UserError if a term was not finite. Called now and then only: it waits for the device."""
         for name, step in zip(self.names, [] if self.bad is None else self.bad.tolist()):
             if step < math.inf:
                 raise UserError(
@@ -328,16 +328,16 @@ class Watch:
 
     @contextlib.contextmanager
     def paused(self):
-        """Time spent within is not training's."""
+        """Time spent inside does not count as training."""
         paused = time.time()
         yield
         self.start += time.time() - paused
         self.told += time.time() - paused
 
     def due(self, step):
-        """Whether it is time for a line: all processes report when one of them finds it is.
+        """Whether it is time for a line: all processes report as soon as it is in one of them.
 
-        Also where `check` is asked: at every step on a CPU, which does not have to be waited for.
+        Also calls `check`: every 20 steps, or at every step on a CPU, which needs no waiting.
         """
         if self.run.device.type == "cpu" or (step + 1) % 20 == 0:
             self.check()

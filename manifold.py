@@ -1,14 +1,14 @@
 """
 Fine-grained manifold distillation (Hao et al., "Learning Efficient Vision Transformers via
-Fine-Grained Manifold Distillation", NeurIPS 2022, arXiv 2107.01378): who resembles whom.
+Fine-Grained Manifold Distillation", NeurIPS 2022, arXiv 2107.01378): how tokens relate.
 
-A stage puts out B * N tokens, N positions of B images. Scaled to length 1, the rows of F (B*N, C),
-their cosines F F^T say how they lie to each other, in a table of (B*N)^2 numbers whatever C is. So
+A stage outputs B * N tokens, N positions of B images. Scaled to length 1, as rows of F (B*N, C),
+their cosines F F^T describe how they relate, in a table of (B*N)^2 numbers whatever C is. So
 student and teacher are compared without a projection, and there is nothing to train:
 
     mean of (F_s F_s^T - F_t F_t^T)^2
 
-The whole table is large. Three cuts through it stand for it:
+The whole table is large. Three parts of it are used instead:
 
     patches    the positions of one image with each other         B tables of N x N
     samples    the images of the batch at one position            N tables of B x B
@@ -32,8 +32,8 @@ def gram_difference(a, b):
 
         1/n^2 ||A A^T - B B^T||_F^2 = 1/n^2 (||A^T A||_F^2 + ||B^T B||_F^2 - 2 ||A^T B||_F^2)
 
-    With more rows than channels it is the right side, which has no n x n matrix. There the value of
-    equal matrices is 0 up to rounding, of either sign; the gradient is as good as the left side's.
+    With more rows than channels the right side is computed, which has no n x n matrix. It is 0 for
+    equal matrices up to rounding, of either sign; its gradient is as accurate as the left side's.
     """
     n = a.shape[-2]
     with full_precision(a):
@@ -47,7 +47,7 @@ def gram_difference(a, b):
 def cuts(s, t, rows):
     """Tokens (B, N, Cs), (B, N, Ct) -> three pairs of row matrices: patches, samples, random.
 
-    The random rows, `rows` of them or all there are, are the same in student and teacher.
+    The random rows, `rows` of them or all if fewer, are the same in student and teacher.
     """
     drawn = torch.randperm(s.shape[0] * s.shape[1], device=s.device)[:rows]
     return (
@@ -65,12 +65,12 @@ class Manifold(nn.Module):
     eight blocks of image classifiers; for segmentation no choice has been published.)
     manifold_patch_weight, manifold_sample_weight, manifold_random_weight: 0 leaves a term out. The
     defaults are those of the published command. They belong to its code, which averages over the
-    entries of a table; the paper has squared Frobenius norms, sums over them, which are N^2, B^2
-    and K^2 times larger. manifold_rows: K.
+    entries of a table; the paper sums over them (squared Frobenius norms), N^2, B^2 and K^2 times
+    larger. manifold_rows: K.
 
-    That command has no cross-entropy, but the teacher's soft labels at temperature 1. Here
-    the cross-entropy stays, and `--method manifold+kd` adds the soft labels. The two terms that
-    look across images see those that a process has at a time; of one image `samples` is 0.
+    That command has no cross-entropy, but the teacher's soft labels at temperature 1. Here the
+    cross-entropy stays, and `--method manifold+kd` adds the soft labels. The two terms across
+    images compare those that a process has at a time; for a single image `samples` is 0.
     """
 
     needs_teacher, needs_head = True, False

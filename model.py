@@ -1,5 +1,5 @@
 """
-MiT encoders and the SegFormer head, by hand (Xie et al., NeurIPS 2021, arXiv 2105.15203).
+MiT encoders and the SegFormer head, from scratch (Xie et al., NeurIPS 2021, arXiv 2105.15203).
 
     net = build("b0", num_classes=19)
     out = net(images)             # float images (B, 3, H, W), normalised, any H, W >= 32
@@ -8,9 +8,9 @@ MiT encoders and the SegFormer head, by hand (Xie et al., NeurIPS 2021, arXiv 21
     out.embeddings                # four patch embeddings (B, H_i * W_i, C_i), after their LayerNorm
     out.decoded                   # (B, width, ceil(H/4), ceil(W/4)), normalised, before ReLU
 
-Features and embeddings are what TransKD distils; a teacher asked only for them skips its head with
-`net(images, head=False)`. The nets of others.py are made of the same blocks; they and the CNN
-teachers of cnn.py come from the same `build` and `load`, and are called the same way.
+Features and embeddings are what TransKD distils; `net(images, head=False)` skips the head. The
+nets of others.py consist of the same blocks; they and the CNN teachers of cnn.py come from the same
+`build` and `load`, and are called the same way.
 """
 
 import math
@@ -25,8 +25,8 @@ import weights
 from files import UserError, save_tensors, some
 from nets import Drop, Output, resize
 
-# name: (embed dims, heads, depths, head width). nano is ours, for tests and the demo; what is not a
-# SegFormer is in others.py.
+# name: (embed dims, heads, depths, head width). nano is ours, for tests and the demo; parts
+# that SegFormer lacks are in others.py.
 MODELS = {
     "nano": ((16, 32, 64, 128), (1, 2, 4, 8), (1, 1, 1, 1), 64),
     "b0": ((32, 64, 160, 256), (1, 2, 5, 8), (2, 2, 2, 2), 256),
@@ -38,10 +38,10 @@ MODELS = {
     "lvt": ((64, 64, 160, 256), (2, 2, 5, 8), (2, 2, 2, 2), 256),
 }
 MODELS |= {f"pvt_v2_b{n}": (*MODELS[f"b{n}"][:3], 128) for n in range(6)}  # the shapes of MiT
-NAMES = (*MODELS, *cnn.MODELS)  # of all that `build` can build; the CNNs are teachers only
+NAMES = (*MODELS, *cnn.MODELS)  # every model of `build`; the CNNs are teachers only
 PATCHES = ((7, 4), (3, 2), (3, 2), (3, 2))  # kernel and stride of the stages' patch embeddings
-SR_RATIOS = (8, 4, 2, 1)  # keys and values are taken from a map this many times smaller per side
-# of images in [0, 1], red first: what every published MiT was trained with
+SR_RATIOS = (8, 4, 2, 1)  # keys and values come from a map this many times smaller per side
+# for RGB images in [0, 1]: what every published MiT was trained with
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -55,7 +55,7 @@ def to_map(tokens, H, W):
 
 
 def to_tokens(x):
-    """(B, C, H, W) -> (B, H*W, C); free of copies when the map is channels-last."""
+    """(B, C, H, W) -> (B, H*W, C); without a copy if the map is channels-last."""
     return x.flatten(2).transpose(1, 2)
 
 
@@ -75,8 +75,8 @@ class PatchEmbed(nn.Module):
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v of queries (B, heads, N, d) and keys, values (B, heads, M, d).
 
-    In one fused call, except where that is slower: CPUs' kernel multiplies bfloat16 as float32,
-    and sr_ratio keeps the N x M matrix small enough to be written out.
+    One fused call, except where that is slower: the CPU kernel multiplies bfloat16 as float32,
+    and sr_ratio keeps the N x M matrix small enough to compute it explicitly.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 512:
         return ((q * q.shape[3] ** -0.5) @ k.mT).softmax(dim=3) @ v
@@ -102,15 +102,16 @@ class Attention(nn.Module):
     def forward(self, x, H, W):
         q = self.queries(x, H, W)
         if self.sr_ratio > 1:
-            x = self.norm(to_tokens(self.sr(to_map(x, H, W))))  # (B, N / sr^2, C)
-        k, v = self.kv(x).chunk(2, dim=-1)
+            x = self.norm(to_tokens(self.sr(to_map(x, H, W))))  # (B, M, C), M about N / sr_ratio^2
+        k, v = self.kv(x).chunk(2, dim=-1)  # (B, M, C)
+        # (B, N, C) -> (B, heads, N, C / heads); M in place of N for k and v
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         y = attend(q, k, v)  # (B, heads, N, C / heads)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, C)
 
 
 class MixFFN(nn.Module):
-    """MLP with a 3x3 depth-wise conv inside, which also tells a token where it is (eq. 3)."""
+    """MLP with a 3x3 depth-wise conv inside, which also encodes position (eq. 3)."""
 
     def __init__(self, dim, ratio=4):
         super().__init__()
@@ -153,7 +154,7 @@ class Stage(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x):
-        embedding, H, W = self.patch_embed(x)
+        embedding, H, W = self.patch_embed(x)  # (B, H*W, C)
         x = embedding
         for block in self.blocks:
             x = block(x, H, W)
@@ -190,7 +191,7 @@ def drop_path_rates(depths, last):
 
 
 def init_weights(m):
-    """The original's init: truncated normal for Linear, He (fan out) for conv; norms at 1, 0."""
+    """The original initialisation: truncated normal for Linear, He (fan out) for conv, biases 0."""
     if isinstance(m, nn.Linear):
         nn.init.trunc_normal_(m.weight, std=0.02)
         if m.bias is not None:
@@ -202,7 +203,7 @@ def init_weights(m):
 
 
 # ------------------------------------------------------------------------------------------------
-# the head, and the two together
+# the head, and encoder and head as one network
 
 
 class SegFormerHead(nn.Module):
@@ -210,9 +211,10 @@ class SegFormerHead(nn.Module):
 
     As written, each stage's map goes through its own Linear to `width` channels, is resized to
     stride 4, and a 1x1 conv fuses the concatenation [stage 4, 3, 2, 1]. Resizing acts on each
-    channel alone and its weights sum to one, so it commutes with per-pixel linear maps: `merged`
-    multiplies the two matrices of a stage first and applies the product at the stage's own, small
-    size. Same function and parameters, fewer multiplications (B2: 4.2 instead of 80.9 GMACs).
+    channel separately and its weights sum to one, so it commutes with per-pixel linear maps:
+    `merged` multiplies the two matrices of a stage first and applies the product at the stage's
+    own, small size. Same function and parameters, fewer multiplications (B2: 4.2 instead of 80.9
+    GMACs).
     """
 
     def __init__(self, dims, width, num_classes, dropout=0.1):
@@ -233,6 +235,7 @@ class SegFormerHead(nn.Module):
     def fuse_as_written(self, features):
         size = features[0].shape[2:]
         maps = [to_map(fc(to_tokens(f)), *f.shape[2:]) for fc, f in zip(self.linears, features)]
+        # maps: 4 x (B, width, H_i, W_i)
         return self.fuse(torch.cat([resize(m, size) for m in reversed(maps)], dim=1))
 
     def fuse_merged(self, features):
@@ -269,10 +272,10 @@ def build(name, num_classes, drop_path=None, dropout=None, head_width=None):
     """A net with random weights.
 
     name: one of NAMES; num_classes: outputs per pixel; drop_path, dropout: rates of stochastic
-    depth and in the head, if not as published (0 in lvt, 0.1 in all others); head_width: channels
-    of the head, if not as in MODELS. The last three are for transformers only.
+    depth and of the head's dropout (None: as published, 0 in lvt, 0.1 in all others); head_width:
+    channels of the head (None: as in MODELS). The last three are for transformers only.
     """
-    import others  # here, for it comes after this file, of whose blocks its nets are made
+    import others  # not at the top: others.py imports this file for its blocks
 
     if name not in NAMES:
         raise UserError(f"unknown model '{name}': choose one of {', '.join(NAMES)}")
@@ -302,7 +305,7 @@ def count_parameters(net):
 
 
 def save(path, net, **facts):
-    """Write a deployable checkpoint: the weights and all that is needed to rebuild and use the net.
+    """Write a deployable checkpoint: the weights and all it takes to rebuild and use the net.
 
     facts: classes (names), palette (RGB triples), mean and std of the input, ... plain values only.
     """
@@ -313,10 +316,11 @@ def save(path, net, **facts):
 
 
 def load(source):
-    """(net in eval mode, facts) of a whole checkpoint: a file, a folder or a hub's name.
+    """(net in eval mode, facts) of a complete checkpoint: a file, a folder or a name on the hub.
 
-    source: what `save` wrote, or anything of `weights.read` that has a segmentation head. Facts
-    that it does not tell are None (classes, palette, dataset, ...), mean and std ImageNet's.
+    source: what `save` wrote, or anything that `weights.read` takes and that has a segmentation
+    head. Missing facts are None (classes, palette, dataset, ...), mean and std ImageNet's, dtype
+    float32.
     """
     state, facts = weights.read(source)
     name, num_classes, width = recognise(source, state, facts)
@@ -334,12 +338,12 @@ def load(source):
 
 
 def photo_side(facts):
-    """The shorter side to which photos are resized for a net; None if it does not say."""
+    """The shorter side to which photos are resized for a net; None if its facts name none."""
     return facts["resize"] or facts["short_side"]
 
 
 def recognise(source, state, facts):
-    """(name in NAMES, number of classes, head width) by the names and shapes of the tensors."""
+    """(name in NAMES, number of classes, head width) from the names and shapes of the tensors."""
     if "backbone.layer1.0.conv1.weight" in state:
         name, num_classes = cnn.recognise(state)
         if not (name and num_classes):
@@ -368,7 +372,7 @@ def recognise(source, state, facts):
 
 
 def encoder_shape(state):
-    """(channels, depths) of the stages of a MiT, PVTv2 or LVT, 0 where there is no tensor."""
+    """(channels, depths) of the stages of a MiT, PVTv2 or LVT, 0 where tensors are missing."""
     norms = (f"encoder.stages.{i}.patch_embed.norm.bias" for i in range(4))
     dims = tuple(state[name].numel() if name in state else 0 for name in norms)
     blocks = re.findall(r"encoder\.stages\.(\d)\.blocks\.\d+\.norm1\.weight", " ".join(state))
@@ -378,9 +382,9 @@ def encoder_shape(state):
 def load_weights(net, source):
     """Copy into `net` the tensors of a checkpoint that fit it, and print "loaded N of M tensors".
 
-    source: anything of `weights.read`: a file, a folder, a hub's name, with a head or without. A
-    head with another number of classes is left as it is, with a warning. Raises UserError if the
-    encoder is another: a part of it would be no start worth the name.
+    source: anything that `weights.read` takes: a file, a folder, a name on the hub, with or without
+    a head. If its head has another number of classes, the net's is left as it is, with a warning.
+    Raises UserError if the encoder differs: a part of it would be no useful start.
     """
     state, _ = weights.read(source)
     ours = net.state_dict()
@@ -405,9 +409,9 @@ def load_weights(net, source):
 
 
 def check_encoder(name, source, state, ours, fits):
-    """UserError unless the encoder of `state` is ours, that of a net called `name`.
+    """UserError unless the encoder of `state` is that of our net, called `name`.
 
-    ours, fits: the net's own state dict, and what of `state` goes into it.
+    ours: the net's own state dict; fits: the tensors of `state` that fit into it.
     """
     encoder = [k for k in ours if k.startswith(("encoder.", "backbone."))]
     encoder = [k for k in encoder if not k.endswith("num_batches_tracked")]
@@ -427,5 +431,5 @@ def check_encoder(name, source, state, ours, fits):
 
 
 def listed(names, what):
-    """'3 missing: a, b, c', or '' if there are none; six names at most."""
+    """'3 missing: a, b, c', or '' if there are none; at most six names."""
     return f"{len(names)} {what}: {some(names, 6)}" if names else ""

@@ -1,5 +1,5 @@
 """
-What all networks here share: what they put out, and how they resize and drop.
+What all networks here share: their output, resizing and dropping.
 """
 
 from typing import NamedTuple
@@ -10,17 +10,20 @@ from torch import nn
 
 
 class Output(NamedTuple):
-    """What a net says of images (B, 3, H, W). h, w: H/4, W/4 of a SegFormer, H/8, W/8 of a CNN."""
+    """A network's output for images (B, 3, H, W).
+
+    h, w: H/4, W/4 of a transformer, H/8, W/8 of a CNN, rounded up.
+    """
 
     logits: torch.Tensor | None  # (B, K, h, w); None if the head was skipped
     features: tuple  # 4 x (B, C_i, H_i, W_i)
-    embeddings: tuple  # 4 x (B, H_i * W_i, C_i); of a CNN ()
-    decoded: torch.Tensor | None = None  # (B, width, h, w): what the classifier gets, no ReLU yet
+    embeddings: tuple  # 4 x (B, H_i * W_i, C_i); () of a CNN
+    decoded: torch.Tensor | None = None  # (B, width, h, w): the classifier's input, no ReLU yet
 
 
 def resize(x, size):
-    """Bilinear, half-pixel centres (align_corners=False): the convention of every logit here."""
-    known = isinstance(x.shape[2], int)  # and no symbol of a tracer, which cannot be compared
+    """Bilinear to size (h, w), half-pixel centres (align_corners=False): as for all logits here."""
+    known = isinstance(x.shape[2], int)  # not a tracer's symbol, which cannot be compared
     if known and tuple(x.shape[2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
@@ -32,11 +35,11 @@ def full_precision(x):
 
 
 class Drop(nn.Module):
-    """Zero whole slices of a batch with probability p and scale up the others.
+    """Zero whole slices of a batch with probability p and scale the others by 1 / (1 - p).
 
     dims=1 drops samples (stochastic depth, Huang et al. 2016), dims=2 channels (Dropout2d), dims=4
     single values (Dropout).
-    `shard` = (rank, world size): each rank tosses the coins of the whole batch and takes its own,
+    `shard` = (rank, world size): each rank tosses the coins of the whole batch and uses its share,
     so that N processes with one seed drop what a single process would.
     """
 

@@ -1,14 +1,14 @@
 """
-The other transformers that TransKD was tried on, of model.py's blocks: PVTv2 and LVT.
+The other transformers that TransKD was tried on, built of model.py's blocks: PVTv2 and LVT.
 
-    PVTv2    Wang et al., "PVT v2", arXiv 2106.13797: MiT with wider MLPs, under a Semantic-FPN head
+    PVTv2    Wang et al., "PVT v2", arXiv 2106.13797: MiT with wider MLPs, and a Semantic-FPN head
     LVT      Yang et al., "Lite Vision Transformer with Enhanced Self-Attention", CVPR 2022, arXiv
-             2112.10809: two attentions of its own, under the SegFormer head
+             2112.10809: two attentions of its own, and the SegFormer head
 
-`model.build("pvt_v2_b0", K)` and `model.build("lvt", K)` make them. They are called as SegFormer is
-and give the same `nets.Output`, but for two things, as TransKD's authors released them: PVTv2's
-`decoded` is the sum of its head's four branches, each of which ends in a ReLU, and none follows it;
-LVT's features have no LayerNorm, and its embeddings are those before theirs.
+`model.build("pvt_v2_b0", K)` and `model.build("lvt", K)` make them. They are called like SegFormer
+and return the same `nets.Output`, with two differences, as in TransKD's release: PVTv2's `decoded`
+is the sum of its head's four branches, each of which ends in a ReLU, and no ReLU follows it; LVT's
+features have no LayerNorm, and its embeddings are those before their LayerNorm.
 """
 
 import torch
@@ -22,8 +22,8 @@ from nets import Drop, resize
 # ------------------------------------------------------------------------------------------------
 # PVTv2
 
-# With these for the stages' MLPs, the encoder is MiT (model.mit): patch embeddings that overlap,
-# keys and values from a map reduced by a strided conv, a depth-wise conv in the MLP; B5 is MiT-B5.
+# With these MLP ratios, the encoder is MiT (model.mit): overlapping patch embeddings, keys
+# and values from a map reduced by a strided conv, a depth-wise conv in the MLP; B5 is MiT-B5.
 PVT_MLP_RATIOS = {f"pvt_v2_b{n}": (4, 4, 4, 4) if n == 5 else (8, 8, 4, 4) for n in range(6)}
 
 
@@ -35,8 +35,8 @@ class SemanticFPNHead(nn.Module):
               for i = 1 a ReLU(Conv3x3) and no x2
         logits = Conv1x1(Dropout2d(b_1 + b_2 + b_3 + b_4))
 
-    No norm anywhere, as TransKD released it. `decoded` is the sum of the b_i, before the dropout.
-    Where a stage's size is odd, doubling the next one's goes too far: b_i is resized to stage 1's.
+    No norm anywhere, as in TransKD's release. `decoded` is the sum of the b_i, before the dropout.
+    Where a stage's size is odd, twice the next one's is too large: b_i is resized to stage 1's.
     """
 
     def __init__(self, dims, width, num_classes, dropout=0.1, pyramid=256):
@@ -55,7 +55,7 @@ class SemanticFPNHead(nn.Module):
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, features):
-        maps = [lateral(f) for lateral, f in zip(self.laterals, features)]  # 256 channels
+        maps = [lateral(f) for lateral, f in zip(self.laterals, features)]  # 4 x (B, 256, H_i, W_i)
         for i in (2, 1, 0):
             size = tuple(maps[i].shape[2:])
             maps[i] = maps[i] + F.interpolate(maps[i + 1], size=size, mode="nearest")
@@ -80,9 +80,9 @@ class ConvolutionalAttention(nn.Module):
     The windows are centred on every second row and column, at (2r, 2c). In each, for each head,
 
         A = softmax(Linear(mean of the pixels 2r, 2r + 1 by 2c, 2c + 1) / sqrt(C / heads))     9 x 9
-        y = A v,   v_k = W_k x_k       k = 1 .. 9: each place of the window has a matrix of its own
+        y = A v,   v_k = W_k x_k       k = 1 .. 9: each position of the window has its own matrix
 
-    with zeros outside of the map. Where windows overlap, their y are added; a Linear ends it.
+    with zeros outside the map. Where windows overlap, their y are added; a Linear follows.
     """
 
     def __init__(self, dim, heads):
@@ -94,14 +94,14 @@ class ConvolutionalAttention(nn.Module):
         nn.init.normal_(self.weight, std=(2 / (9 * dim)) ** 0.5)
 
     def forward(self, x, H, W):
-        x = to_map(x, H, W)
-        # ceil(H / 2) rows: of the last one's means, half may lie outside, where the edge goes on
+        x = to_map(x, H, W)  # (B, C, H, W)
+        # ceil(H / 2) rows; the last means may reach outside the map, where the edge is repeated
         centres = F.avg_pool2d(F.pad(x, (0, W % 2, 0, H % 2), mode="replicate"), 2)  # (B, C, h, w)
         a = self.attn(to_tokens(centres)).unflatten(2, (self.heads, 9, 9))
         a = (a * self.scale).softmax(dim=-1)  # (B, h*w, heads, 9, 9)
         v = F.unfold(x, 3, padding=1, stride=2).unflatten(1, (-1, 9))  # (B, C, 9, h*w)
         v = v.transpose(1, 2).flatten(1, 2).unflatten(2, centres.shape[2:])  # (B, 9 * C, h, w)
-        v = F.conv2d(v, self.weight, groups=9)
+        v = F.conv2d(v, self.weight, groups=9)  # (B, 9 * C, h, w)
         v = v.flatten(2).unflatten(1, (9, self.heads, -1))  # (B, 9, heads, C / heads, h*w)
         y = torch.einsum("bnhij,bjhcn->bhcin", a, v).flatten(1, 3)  # (B, C * 9, h*w)
         y = F.fold(y, (H, W), 3, padding=1, stride=2)  # (B, C, H, W)
@@ -109,7 +109,7 @@ class ConvolutionalAttention(nn.Module):
 
 
 class RecursiveAtrousAttention(model.Attention):
-    """RASA, recursive atrous self-attention: tokens (B, N, C) -> (B, N, C), two rounds of one net.
+    """RASA, recursive atrous self-attention: tokens (B, N, C) -> (B, N, C), two passes of one net.
 
         q = sum over d = 1, 3, 5 of SiLU(DWConv3x3(x W_q, dilation d))      one kernel for all three
         y = SiLU(attention(x)),   output = SiLU(attention(x + y))
@@ -133,7 +133,7 @@ class RecursiveAtrousAttention(model.Attention):
 
 
 class MLP(nn.Module):
-    """LVT's: two Linears on tokens (B, H*W, C) with a GELU between, and no convolution."""
+    """LVT's MLP: two Linears on tokens (B, H*W, C) with a GELU between, and no convolution."""
 
     def __init__(self, dim, ratio):
         super().__init__()
@@ -147,8 +147,8 @@ class MLP(nn.Module):
 class LVTStage(nn.Module):
     """Patch embedding and blocks. Returns the map (B, C, H, W) and the patch embedding.
 
-    As TransKD released it: the blocks see the embedding after its LayerNorm, but what is given out,
-    and distilled, is the one before; and no LayerNorm follows the blocks.
+    As in TransKD's release: the blocks take the embedding after its LayerNorm, but the one
+    returned, and distilled, is that before it; and no LayerNorm follows the blocks.
     """
 
     def __init__(self, c_in, dim, patch, blocks):
@@ -159,7 +159,7 @@ class LVTStage(nn.Module):
     def forward(self, x):
         x = self.patch_embed.proj(x)  # (B, C, H, W)
         H, W = x.shape[2:]
-        embedding = to_tokens(x)
+        embedding = to_tokens(x)  # (B, H*W, C)
         x = self.patch_embed.norm(embedding)
         for block in self.blocks:
             x = block(x, H, W)
@@ -169,7 +169,7 @@ class LVTStage(nn.Module):
 def lvt(dims, heads, depths, drop_path=0.0):
     """The Lite Vision Transformer encoder: CSA and plain MLPs in stage 1, RASA and MixFFN after.
 
-    `weight` and `ds` of the two attentions start as released, all else as in MiT.
+    `weight` and `ds` of the two attentions are initialised as released, all else as in MiT.
     """
 
     def block(i, rate):

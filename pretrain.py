@@ -1,13 +1,13 @@
 """
-ImageNet weights of your own: an encoder trained as an image classifier, alone or from a teacher.
+Your own ImageNet weights: an encoder trained as an image classifier, alone or with a teacher.
 
     python pretrain.py --data-dir D --model b0     # D/train/CLASS/*.jpg and D/val/CLASS/*.jpg
     python pretrain.py --data-dir D --model b0 --teacher out/b2/encoder.pt --method kd
     torchrun --nproc_per_node=8 pretrain.py --data-dir D --model b2 --batch-size 1024
     python train.py --teacher b2 --teacher-init out/b2/encoder.pt ...
 
-Between classifiers soft labels, manifold distillation and TaT are what their papers have: those of
-train.py are made for maps of labels.
+Between classifiers, soft labels, manifold distillation and TaT are as in their papers; train.py's
+are adapted to segmentation.
 """
 
 import argparse
@@ -42,8 +42,8 @@ METHODS = {
     "manifold": manifold.Manifold,
     "tat": tat.WholeTaT,
 }
-# Weights as in the papers' commands. manifold+kd has no label loss; tat alone and with kd are two
-# commands. In kd and manifold alone they are ours.
+# Weights as in the papers' commands: manifold+kd has no label loss; tat and tat+kd are two of them.
+# Those of kd and manifold alone are ours.
 WEIGHTS = {
     "none": dict(ce_weight=1.0),
     "kd": dict(ce_weight=0.5, kd_weight=0.5),
@@ -74,48 +74,57 @@ def get_args(argv=None):
         allow_abbrev=False,
     )
     p.add_argument("--data-dir", required=True, help="holds train/CLASS/*.jpg and val/CLASS/*.jpg")
-    p.add_argument("--classes", type=int, help="only so many, the first by name (default: all)")
+    p.add_argument(
+        "--classes", type=int, help="use only N classes, the first by name (default: all)"
+    )
     p.add_argument("--model", default="b0", help=f"one of {', '.join(classifiers.NAMES)}")
-    p.add_argument("--size", type=int, default=224, help="height and width of what the net sees")
+    p.add_argument("--size", type=int, default=224, help="height and width of the net's input")
     p.add_argument(
         "--store",
         type=int,
         help="shorter side to which larger photos are shrunk when read: windows are cut from "
-        "these, and what is scored is their middle (8/7 of --size)",
+        "these, and their middle is scored (default: 8/7 of --size)",
     )
     p.add_argument(
-        "--patch", type=int, help="of a ViT, in pixels (default: 16; 8 for a --size below 128)"
+        "--patch", type=int, help="of a ViT, side in pixels (default: 16; 8 for --size below 128)"
     )
     p.add_argument(
-        "--drop-path", type=float, help="stochastic depth, not of a ViT (default: 0.1; lvt: 0)"
+        "--drop-path",
+        type=float,
+        help="rate of stochastic depth, not for a ViT (default: 0.1; lvt: 0)",
     )
     # distillation
-    p.add_argument("--teacher", help="an encoder.pt: a classifier of the same classes teaches")
-    p.add_argument("--method", default="none", help=f"of distillation: {', '.join(WEIGHTS)}")
+    p.add_argument("--teacher", help="encoder.pt of a classifier of the same classes")
+    p.add_argument("--method", default="none", help=f"how to distil: {', '.join(WEIGHTS)}")
     p.add_argument(
         "--ce-weight",
         type=float,
-        help="of the labels (default: 1; kd 0.5, tat 0.1, tat+kd 0.5, manifold+kd 0)",
+        help="weight of the labels' cross-entropy (default: 1; kd 0.5, tat 0.1, tat+kd 0.5, "
+        "manifold+kd 0)",
     )
     methods.add_flags(p, FLAGS)
     # how long, how fast
-    p.add_argument("--epochs", type=float, help="through the training photos (default: 100)")
-    p.add_argument("--max-iters", type=int, help="steps, in place of --epochs")
-    p.add_argument("--batch-size", type=int, default=256, help="photos a step, of all processes")
+    p.add_argument("--epochs", type=float, help="passes over the training photos (default: 100)")
+    p.add_argument("--max-iters", type=int, help="number of steps, in place of --epochs")
+    p.add_argument("--batch-size", type=int, default=256, help="photos per step, of all processes")
     p.add_argument(
-        "--accumulate", type=int, default=1, help="take a batch in N parts, if it does not fit"
+        "--accumulate", type=int, default=1, help="take a batch in N parts, to save memory"
     )
     p.add_argument(
         "--lr", type=float, help="peak learning rate (default: 5e-4 * batch size / 512, as DeiT)"
     )
-    p.add_argument("--warmup", type=float, default=0.05, help="share of the steps it rises in")
-    p.add_argument("--decay", choices=("cosine", "linear"), default="cosine", help="of the rate")
+    p.add_argument(
+        "--warmup", type=float, default=0.05, help="share of the steps in which it rises"
+    )
+    p.add_argument(
+        "--decay", choices=("cosine", "linear"), default="cosine", help="of the learning rate"
+    )
     p.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW, not on vectors")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
     p.add_argument(
         "--label-smoothing",
         type=float,
-        help="of the cross-entropy, if it counts (default: 0.1)",
+        help="of the cross-entropy, unless its weight is 0 (default: 0.1)",
     )
     add_augmentation_flags(p)
     settings.add_run_flags(p, eval_batch_size=64)
@@ -123,17 +132,19 @@ def get_args(argv=None):
 
 
 def add_augmentation_flags(p):
-    """What happens to a photo on its way into a batch."""
+    """Flags for random windows, colour changes and mixing."""
     p.add_argument(
         "--area",
         type=float,
         nargs=2,
         default=[0.08, 1.0],
-        help="range of the share of a photo that a random window shows",
+        help="range of a random window's area, as a share of the photo's",
     )
-    p.add_argument("--colour", type=float, default=0.5, help="strength of its changes; 0: none")
+    p.add_argument("--colour", type=float, default=0.5, help="strength of colour changes; 0: none")
     p.add_argument("--mixup", type=float, default=0.0, help="A of Beta(A, A), e.g. 0.8; 0: none")
-    p.add_argument("--cutmix", type=float, default=0.0, help="likewise, e.g. 1; both: by a coin")
+    p.add_argument(
+        "--cutmix", type=float, default=0.0, help="likewise, e.g. 1; with both, one at random"
+    )
 
 
 def resolve(args):
@@ -188,7 +199,7 @@ def open_run(args):
     how = args.store, args.cache, args.cache_dir, args.cache_gb, args.classes
     train, val = parallel.first_then_others(lambda: photos.open_splits(args.data_dir, *how))
     if args.workers is None:
-        busy = place["device"].type == "cuda" or not train.packed  # to decode is what takes time
+        busy = place["device"].type == "cuda" or not train.packed  # decoding takes the time
         args.workers = parallel.spare_cores() if busy else 0
     if not args.max_iters:
         args.max_iters = math.ceil((args.epochs or 100) * len(train) / args.batch_size)
@@ -204,7 +215,7 @@ def open_run(args):
 
 
 def open_teacher(args):
-    """The classifier of --teacher and the classes it knows; UserError if it cannot teach here."""
+    """The classifier of --teacher and its classes; UserError if it cannot teach here."""
     net, facts = classifiers.load(args.teacher)
     vits = [name in classifiers.VITS for name in (net.name, args.model)]
     if vits[0] and facts["size"] != args.size:
@@ -215,7 +226,7 @@ def open_teacher(args):
 
 
 def check_classes(args, known, classes):
-    """UserError if the teacher knows other classes than those of the photos."""
+    """UserError if the teacher's classes differ from those of the photos."""
     if known != classes:
         raise UserError(
             f"{args.teacher}: knows {len(known)} classes ({files.some(known, 3)}), {args.data_dir} "
@@ -224,7 +235,7 @@ def check_classes(args, known, classes):
 
 
 def build_method(args, net, teacher):
-    """The method of --method between two classifiers; between ViTs manifold looks at BLOCKS."""
+    """The method of --method between two classifiers; between ViTs manifold compares BLOCKS."""
     options = methods.chosen(args, FLAGS)
     if "manifold" in args.method and net.name in classifiers.VITS:
         if args.manifold_stages:
@@ -235,7 +246,7 @@ def build_method(args, net, teacher):
 
 
 def cross_entropy(logits, targets, weight, smoothing):
-    """Of logits (B, K) and targets (B, K), the shares of the classes."""
+    """Weighted CE of logits (B, K) and targets (B, K), the shares of the classes."""
     return weight * F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
 
@@ -248,7 +259,7 @@ def loss_terms(run, classes, frozen, learner, batch):
 
 
 def train_classifier(run, net, teacher, train, val):
-    """Train `net`; returns the seconds that took."""
+    """Train `net`; returns the seconds it took."""
     args = run.args
     method = build_method(args, net, teacher)
     ce = functools.partial(cross_entropy, weight=args.ce_weight, smoothing=args.label_smoothing)
@@ -269,14 +280,14 @@ def train_classifier(run, net, teacher, train, val):
 
 
 def hits(logits, labels, k):
-    """How many of the rows of logits (B, K) have their label (B,) among the k largest."""
+    """How many rows of logits (B, K) have their label (B,) among the k largest."""
     best = logits.topk(min(k, logits.shape[1])).indices  # (B, k)
     return (best == labels[:, None]).any(dim=1).sum()
 
 
 @torch.no_grad()
 def score(run, val, stage, net, step):
-    """Top-1 and top-5 on val, of which every process scores its share."""
+    """Top-1 and top-5 accuracy on val; every process scores its share of it."""
     args = run.args
     middles = photos.Middles(val, args.size, args.eval_batch_size, run.rank, run.world)
     found, training = torch.zeros(3, dtype=torch.float64), net.training

@@ -15,9 +15,9 @@ from settings import PAPER_DECAY_EPOCHS
 
 
 class Learner(nn.Module):
-    """The student and what teaches it: one module, so that DDP keeps the adapters in step too.
+    """The student and its method in one module, so that DDP synchronises the adapters too.
 
-    ce: the loss of logits and labels, if any; a method that `replaces_ce` does without it.
+    ce: the loss of logits and labels, or None; not used by a method that `replaces_ce`.
     """
 
     def __init__(self, student, method, ce=distill.cross_entropy):
@@ -36,11 +36,11 @@ class Learner(nn.Module):
 
 
 def mean_count(labels, class_weights, device):
-    """What the labels of a part of a batch count in the cross-entropy, the mean over the parts.
+    """The sum of the labels' weights in the cross-entropy, averaged over the parts of a batch.
 
-    labels: a tensor (B, H, W) a part. Divided by this and not each by its own count, the parts of
-    --accumulate add up to the batch, however unequal the labels that they have. (Cross-entropy
-    only: batch norms, and terms of methods that look at labels, go by part.)
+    labels: one tensor (B, H, W) per part. Divided by this and not each by its own sum, the parts of
+    --accumulate add up to the batch, however unequally they are labelled. (Cross-entropy only:
+    batch norms, and terms of methods that use labels, work on each part separately.)
     """
     labels = [y.to(device, non_blocking=True) for y in labels]
     counts = [distill.label_weights(y, class_weights).sum() for y in labels]
@@ -48,9 +48,9 @@ def mean_count(labels, class_weights, device):
 
 
 class Teacher(nn.Module):
-    """A frozen net that looks at the student's images: no graph, no head unless it is needed.
+    """A frozen net, run on the student's images: no autograd graph, no head unless needed.
 
-    facts: its own; mean, std: what the images were normalised with, for the student.
+    facts: the net's own; mean, std: those with which the images were normalised, the student's.
     """
 
     def __init__(self, net, facts, mean, std, needs_head=False):
@@ -65,7 +65,7 @@ class Teacher(nn.Module):
         for mean_std in self.renormalise:
             images = augment.normalise(images, *mean_std)
         out = self.net(images, head=self.needs_head)
-        if self.needs_head and self.void is not None:  # an output that is none of the classes
+        if self.needs_head and self.void is not None:  # an output that is no class
             out = out._replace(logits=out.logits[:, : self.void])
         return out
 
@@ -75,7 +75,7 @@ def learning_rate(step, peak, total, warmup=0.0, decay="linear", paper_epoch=Non
 
     decay: linear, or cosine, peak * (1 + cos(pi x)) / 2 with x from 0 to 1 (SGDR, Loshchilov &
     Hutter 2017, eq. 5).
-    paper_epoch: steps in an epoch; then it is the paper's, which changes once an epoch (from 1).
+    paper_epoch: steps per epoch, for the paper's schedule, which changes once per epoch (from 1).
     """
     if paper_epoch:
         return peak * max(0.0, 1 - (step // paper_epoch + 1) / PAPER_DECAY_EPOCHS)
@@ -87,7 +87,7 @@ def learning_rate(step, peak, total, warmup=0.0, decay="linear", paper_epoch=Non
 
 
 def parameter_groups(module, weight_decay, everything=False):
-    """Weight decay but on vectors (norms, biases, scalars), or on everything (the paper)."""
+    """Weight decay on all but vectors (norms, biases, scalars), or on everything (the paper)."""
     params = list(module.parameters())
     if everything:
         return [dict(params=params, weight_decay=weight_decay)]
@@ -98,7 +98,7 @@ def parameter_groups(module, weight_decay, everything=False):
 
 
 def update(learner, optimizer, scaler, clip):
-    """Move the weights by the gradients that are there, none larger than `clip`, and drop them."""
+    """An optimiser step on the gradients, their norm clipped to `clip` if not 0; clears them."""
     scaler.unscale_(optimizer)
     if clip:
         nn.utils.clip_grad_norm_(learner.parameters(), clip)

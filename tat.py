@@ -1,23 +1,24 @@
 """
 TaT, the target-aware transformer (Lin et al., "Knowledge Distillation via the Target-aware
-Transformer", CVPR 2022, arXiv 2205.10793): all positions of the student for each of the teacher's.
+Transformer", CVPR 2022, arXiv 2205.10793): each teacher position from all student positions.
 
-Comparing two feature maps position by position assumes that both networks say the same thing at the
-same place. TaT lets attention look for it, and has the student's map rebuild the teacher's:
+Comparing two feature maps position by position assumes that both networks represent the same thing
+at the same place. TaT lets attention find the place, and rebuilds the teacher's map from the
+student's:
 
     q = norm(conv(s))    v = norm(conv(s))    k = norm(conv(t))      1x1, to the teacher's channels
     L(q, k, v, t) = mean of (softmax(q k^T) v - t)^2                 t itself, not its embedding
 
-The similarities q k^T have a row and a column for each position: (H * W)^2 numbers. Two cheaper
+The similarities q k^T have one row and one column per position: (H * W)^2 numbers. Two cheaper
 views of the same maps are used instead, one for detail, one for context:
 
     patch groups    the map is cut into patches; p patches are stacked on the channel axis, and
-                    positions are compared within such a group: linear in H * W
+                    positions are compared within such a group: cost linear in H * W
     anchor points   the map is average-pooled to a fixed number of points, and these are compared
 
     L = CE + 1.6 * L(patch groups) + 0.64 * L(anchor points)
 
-An image classifier's last map is small enough for the whole: WholeTaT, for pretrain.py.
+An image classifier's last map is small enough to compare whole: WholeTaT, for pretrain.py.
 """
 
 import torch.nn.functional as F
@@ -31,18 +32,19 @@ from nets import full_precision
 def embedding(c_in, c_out):
     """1x1 convolution and affine instance norm.
 
-    The authors' layer is a batch norm, but it is given the images one by one: the same function.
+    The authors use a batch norm, but call it on one image at a time: the same function.
     """
     conv = nn.Conv2d(c_in, c_out, 1, bias=False)
     return nn.Sequential(conv, nn.InstanceNorm2d(c_out, eps=1e-5, affine=True))
 
 
 def attend(q, k, v, axis):
-    """Student values, mixed by their similarity to the teacher: three (G, P, D) -> (G, P, D).
+    """Student values v, mixed by the similarities of student q, teacher k: all (G, P, D).
 
-    No 1 / sqrt(D): the norms make for large similarities and an attention near a hard choice.
+    No 1 / sqrt(D): the norms make similarities large, so that attention is close to a hard
+    selection.
     """
-    similarity = q @ k.mT  # (G, P, P): a row for each student position, a column for the teacher's
+    similarity = q @ k.mT  # (G, P, P): rows are student positions, columns the teacher's
     if axis == "student":
         similarity = similarity.mT
     return similarity.softmax(dim=2) @ v
@@ -51,27 +53,30 @@ def attend(q, k, v, axis):
 def patch_groups(x, patch, group):
     """Map (B, C, H, W) -> [(B * g, h * w, p * C), ...]: patches of h x w, p of them stacked.
 
-    There are n = H // patch rows of patches (one at least), h = H // n high, and columns likewise:
-    `patch` on large maps, less than twice that on small ones. Left over rows, columns are dropped.
-    Patches are grouped in row-major order, `group` at a time; what remains is a smaller group.
+    There are n = H // patch rows of patches (at least one) of height h = H // n, and columns
+    likewise: `patch` on large maps, less than twice that on small ones. Leftover rows and columns
+    are dropped. Patches are grouped in row-major order, `group` at a time; the rest form a smaller
+    group.
     """
     B, C, H, W = x.shape
     n, m = max(1, H // patch), max(1, W // patch)
     h, w = H // n, W // m
     x = x[:, :, : n * h, : m * w].reshape(B, C, n, h, m, w)
-    x = x.permute(0, 2, 4, 3, 5, 1).reshape(B, n * m, h * w, C)
+    x = x.permute(0, 2, 4, 3, 5, 1)  # (B, n, m, h, w, C)
+    x = x.reshape(B, n * m, h * w, C)
     rest, groups = n * m % group, []
     for part in x.split([n * m - rest, rest], dim=1):
         if part.shape[1]:
             part = part.unflatten(1, (-1, min(group, part.shape[1])))  # (B, g, p, h * w, C)
-            groups.append(part.transpose(2, 3).flatten(3).flatten(0, 1))
+            part = part.transpose(2, 3).flatten(3)  # (B, g, h * w, p * C)
+            groups.append(part.flatten(0, 1))
     return groups
 
 
 def anchor_points(x, anchors):
     """Map (B, C, H, W) -> [(B, A, C)]: averages over windows, about `anchors` of them per side.
 
-    A window's side is that nearest to H / anchors (W / anchors), and 1 at least.
+    A window's sides are H / anchors and W / anchors, rounded, at least 1.
     """
     window = [max(1, (n + anchors // 2) // anchors) for n in x.shape[2:]]
     return [to_tokens(F.avg_pool2d(x, window))]
@@ -85,14 +90,14 @@ class TaT(nn.Module):
 
     tat_axis: whose positions the softmax runs over. "teacher": sum_j softmax_j(q_i k_j) v_j is
     compared with t_i, as in the code that the authors released. "student": as their text explains
-    it, sum_j softmax_j(k_i q_j) v_j: only so does position i of the teacher choose among
-    those of the student, and only so can a student whose positions are permuted be matched.
-    tat_patch, tat_group: positions along a patch's side, and how many patches make a group.
-    tat_anchors: anchor points per side; 32 leave every position of a map below 48x48 an anchor of
-    its own. All three are as published for ResNet-18 on VOC, on maps of 129x129.
+    it, sum_j softmax_j(k_i q_j) v_j: only then does position i of the teacher choose among
+    those of the student, and only then can a student whose positions are permuted be matched.
+    tat_patch, tat_group: positions along a patch's side, and patches per group.
+    tat_anchors: anchor points per side; with 32, every position of a map below 48x48 is an anchor
+    of its own. All three are as published for ResNet-18 on VOC, on maps of 129x129.
     tat_patch_weight, tat_anchor_weight: that run's weights are 0.1 and 0.1 * 0.4 with batches of
-    16, but its code divides a cross-entropy that is a mean already by the batch size once more.
-    Beside an ordinary mean they are 16 times larger: 1.6 and 0.64.
+    16, but its code divides the cross-entropy, already a mean, by the batch size once more.
+    Relative to an ordinary mean they are 16 times larger: 1.6 and 0.64.
 
     The authors' teacher runs in training mode; ours does not, as in all methods here.
     """
@@ -120,7 +125,7 @@ class TaT(nn.Module):
         self.key = embedding(teacher, teacher)
 
     def mismatch(self, q, k, v, t):
-        """mean of (attention - t)^2 over all groups; each argument is a list of (G, P, D)."""
+        """Mean of (rebuilt - t)^2 over all groups; each argument is a list of (G, P, D)."""
         errors = [(attend(*qkv, self.axis) - g).square().sum() for *qkv, g in zip(q, k, v, t)]
         return sum(errors) / sum(g.numel() for g in t)
 
@@ -145,8 +150,8 @@ class WholeTaT(nn.Module):
         q = BN(Conv3x3(s))    v = BN(Conv3x3(s))    k = t    tat_weight * L(q, k, v, t)
 
     The last maps (B, C_s, h, w) and (B, C_t, H, W) are compared, the teacher's at the student's
-    size. Of the authors' two commands one weighs 0.1 CE + 0.2 TaT, the other 0.5 CE +
-    0.5 KL at T = 1 + 0.1 TaT.
+    size. The authors' two commands use 0.1 CE + 0.2 TaT, and 0.5 CE + 0.5 KL (T = 1)
+    + 0.1 TaT.
     """
 
     needs_teacher, needs_head = True, False

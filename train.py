@@ -7,8 +7,8 @@ Train a teacher if there is none, distil it into a small student, score both.
 
 A run has up to three stages, trainings one after the other: `teacher` (unless --teacher-ckpt),
 `alone` (the student by itself with the same budget, to compare with; --alone) and `student`
-(distilled). Everything random in step k of a stage comes from the seed and k alone: that is why a
-run can be interrupted and resumed, or split over processes, and stays the same run.
+(distilled). All randomness in step k of a stage comes from the seed and k alone: that is why a run
+can be interrupted and resumed, or split over processes, and stays the same run.
 """
 
 import contextlib
@@ -51,12 +51,12 @@ from step import Learner, Teacher, mean_count
 @dataclasses.dataclass(kw_only=True)
 class Run(loop.Run):
     dataset: catalog.Dataset
-    train: object  # what the teacher learns from; a split, data.Packed or data.Files, as all four
-    few: object  # what the student learns from: the same, or --student-images of it
+    train: object  # what the teacher learns from; a split, data.Packed or data.Files, like all four
+    few: object  # what the student learns from: the same, or --student-images of them
     unlabelled: object  # the split of --unlabelled, or ()
     val: object  # what scores both
     augment: augment.Augment
-    facts: dict  # what goes into every checkpoint beside the weights
+    facts: dict  # what every checkpoint holds besides the weights
 
     def images(self, stage):
         """The split that a stage learns from: without a teacher, only images with labels."""
@@ -99,10 +99,10 @@ def open_run(args):
         std=list(model.IMAGENET_STD) if whiten else [1.0] * 3,
         short_side=data.short_side(train),  # of the images it was trained on
         resize=None,  # to this shorter side, for scoring
-        void=None,  # the output that is none of the classes
+        void=None,  # the output that is no class
         dtype=args.dtype,
     )
-    crop = tuple(args.crop_size * 2)[:2]  # one number is for both
+    crop = tuple(args.crop_size * 2)[:2]  # one number: height and width
     look = dict(colour=args.colour, label_stride=args.label_stride)
     if args.recipe == "paper":
         facts |= dict(short_side=512, resize=512)
@@ -116,7 +116,7 @@ def open_run(args):
     splits = dict(dataset=dataset, train=train, few=few, val=val)
     splits["unlabelled"] = unlabelled[0] if unlabelled else ()
     run = Run(args=args, **place, **splits, augment=augment.Augment(crop, **look), facts=facts)
-    run.images("student")  # are there as many?
+    run.images("student")  # UserError if too few
     run.data = dict(classes=list(dataset.classes), train=len(train), val=len(val))
     run.data |= dict(unlabelled=len(run.unlabelled))
     run.data["checksum of names and sizes"] = data.fingerprint(dataset, names)
@@ -127,7 +127,7 @@ def open_run(args):
 
 
 def check_labels(run):
-    """UserError if a stage would learn from labels that say nothing."""
+    """UserError if a stage would learn from labels that are all void."""
     with told_once(run):
         if run.args.teacher:
             data.check_labels(run.train, run.dataset.classes, "training images")
@@ -139,9 +139,9 @@ def check_labels(run):
 
 
 def run_stage(run, stage, name, spec="none", teacher=None):
-    """Train, score and save one net, or read it if that is done: (net in eval mode, facts).
+    """Train, score and save one net, or load it if that is done: (net in eval mode, facts).
 
-    spec: the method by name; teacher: what this returned of the teacher.
+    spec: the method's name; teacher: what this function returned for the teacher.
     """
     args, path = run.args, run.out / f"{stage}.pt"
     if stage in run.results:
@@ -155,7 +155,7 @@ def run_stage(run, stage, name, spec="none", teacher=None):
     net = model.build(name, len(run.dataset.classes))
     run.print(f"\n{stage}: {name}, {model.count_parameters(net):,} parameters")
     init = start_from(run, stage, net, init)
-    if lr is None:  # of a teacher, not given
+    if lr is None:  # --teacher-lr was not given
         lr = args.lr if init == "scratch" else min(args.lr, FINE_TUNING_LR)
     method = build_method(args, spec, net, teacher and teacher[0])
     for note in [m.note for m in method.modules() if getattr(m, "note", "")]:
@@ -173,9 +173,9 @@ def run_stage(run, stage, name, spec="none", teacher=None):
 
 
 def start_from(run, stage, net, init):
-    """Load what a stage starts from, unless it is resumed anyway; returns its name.
+    """Load the weights a stage starts from, unless it is resumed; returns their source.
 
-    A teacher of --teacher-init auto starts from ImageNet weights where they can be had.
+    With --teacher-init auto a teacher starts from ImageNet weights if they are available.
     """
     if run.state and run.state["stage"] == stage:
         return run.inits[stage]
@@ -203,7 +203,7 @@ def start_from(run, stage, net, init):
 
 
 def check_student_init(run):
-    """Weights that cannot be loaded are an error before the teacher's training, not after it."""
+    """UserError for weights that cannot be loaded: before the teacher's training, not after it."""
     args = run.args
     if args.teacher and "teacher" not in run.results and args.student_init != "scratch":
         with contextlib.redirect_stdout(None):
@@ -212,12 +212,12 @@ def check_student_init(run):
 
 
 def told_once(run):
-    """Within it, only process 0 prints."""
+    """A context in which only process 0 prints."""
     return contextlib.nullcontext() if run.rank == 0 else contextlib.redirect_stdout(None)
 
 
 def find_teacher(run):
-    """The teacher of --teacher-ckpt, scored like one that was trained here: (net, facts)."""
+    """The teacher of --teacher-ckpt, scored like one trained here: (net, facts)."""
     net, facts = parallel.first_then_others(lambda: model.load(run.args.teacher_ckpt))
     with told_once(run):
         catalog.check_classes(run.args.teacher_ckpt, net, facts, run.dataset)
@@ -230,7 +230,7 @@ def find_teacher(run):
 
 
 def record(run, stage, net, facts, steps, seconds):
-    """A finished net's scores and costs, as they go into metrics.json."""
+    """Put a finished net's scores and costs into the run's results, for metrics.json."""
     costs = flops.measure_named(net.name, net.num_classes, run.augment.crop)
     metrics = score(run, stage, net, steps, facts)
     run.results[stage] = dict(model=net.name, steps=steps, seconds=seconds) | costs | metrics
@@ -265,7 +265,7 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
 
 
 def make_batches(run, split, batch_size):
-    """The micro-batches of a split, by number, as they travel."""
+    """Host batches of a split, by number: `accumulate` of them make a batch of batch_size."""
     micro = batch_size // run.args.accumulate
     return augment.Batches(split, micro, run.args.seed, run.augment, run.rank, run.world)
 
@@ -279,7 +279,7 @@ def loss_terms(run, frozen, learner, batch, count=None):
 
 
 def class_weights(run, split):
-    """Those of the paper for the training pixels, on the device, or None."""
+    """The paper's weights (K,) for the split's labels, on the device; None if not used."""
     if run.args.class_weights == "none":
         return None
     with told_once(run):
@@ -287,7 +287,7 @@ def class_weights(run, split):
 
 
 def score(run, stage, net, step, facts):
-    """Metrics on the val split, of which every process scores its share."""
+    """Metrics on the val split; every process scores its share of it."""
     how = (run.device, run.args.dtype, run.args.protocol, run.args.eval_batch_size)
     how += (run.dataset.parts_of("val"),)
     metrics = evaluation.evaluate(net, run.val, facts, *how)
@@ -301,7 +301,7 @@ def score(run, stage, net, step, facts):
 
 
 def report(run, nets):
-    """metrics.json, the table of teacher, student alone and student, and a grid of pictures."""
+    """Write metrics.json and samples.png; print a table of teacher, student alone, student."""
     student = run.results["student"]
     cost = {k: student[k] for k in ("params", "gmacs", "attention_gmacs", "executed_gmacs")}
     loop.save_metrics(run, dict(miou=student["miou"], deployed=cost))
@@ -331,7 +331,7 @@ def report(run, nets):
 
 @torch.no_grad()
 def pictures(run, nets, titles, rows=4, width=320):
-    """samples.png: a row an image, with the photo, its labels, and what each net says."""
+    """Write samples.png: one row per image with the photo, its labels and each net's prediction."""
     grid = []
     for i in np.linspace(0, len(run.val) - 1, min(rows, len(run.val))).astype(int):
         image, label = run.val.pair(i)
