@@ -49,7 +49,7 @@ def graph(student, teacher):
     return gram_difference(*rows)
 
 
-def split(logits, labels):
+def label_and_rest(logits, labels):
     """Log-probabilities of the label y, of all else, (B, H, W) each, and within all else.
 
     labels: (B, H, W) int64. The third, (B, K, H, W), is the log-softmax over the classes except y,
@@ -79,7 +79,7 @@ def pdd(student, teacher, labels, reading="binary", target=0.5, rest=0.5):
     valid = labels != IGNORE
     safe = labels.where(valid, 0)
     s, t = (resize(z.float(), labels.shape[1:]) for z in (student, teacher))
-    (s_y, s_n, s_others), (t_y, t_n, t_others) = split(s, safe), split(t, safe)
+    (s_y, s_n, s_others), (t_y, t_n, t_others) = label_and_rest(s, safe), label_and_rest(t, safe)
     if reading == "binary":
         q_y, q_n = F.softplus(t_y) - math.log(2), t_n - math.log(2)  # log((t_y + 1) / 2), ...
         loss = target * s_y.exp() * (s_y - q_y) + rest * s_n.exp() * (s_n - q_n)
@@ -194,8 +194,8 @@ class C2VKD(nn.Module):
             terms["global"] = self.global_weight * kl(s, t)
             terms["graph"] = self.graph_weight * graph(s, t)
             if self.pool:
-                said = self.describe(deep.mean(dim=(2, 3)))  # (B, 512)
-                terms["language"] = self.language_weight * kl(said, self.pool(t))
+                predicted = self.describe(deep.mean(dim=(2, 3)))  # (B, 512)
+                terms["language"] = self.language_weight * kl(predicted, self.pool(t))
         return terms
 
 

@@ -23,7 +23,7 @@ import augment
 import files
 import parallel
 from files import UserError
-from settings import settings
+from settings import recorded
 from step import learning_rate, parameter_groups, update
 from timing import hardware
 
@@ -137,30 +137,30 @@ def resume(run):
 
 def check_same(run, state):
     """UserError that names all settings and data that differ from those of the run in last.pt."""
-    then, told = state.get("data", {}), []
-    pairs = {files.as_flag(k): (state["settings"].get(k), v) for k, v in settings(run.args).items()}
+    then, changes = state.get("data", {}), []
+    pairs = {files.as_flag(k): (state["settings"].get(k), v) for k, v in recorded(run.args).items()}
     pairs |= {f"the data are others: {k}": (then.get(k, v), v) for k, v in run.data.items()}
     pairs = {what: both for what, both in pairs.items() if both[0] != both[1]}
     for what, both in pairs.items():
         if what.endswith(": classes"):
             both = [f"{len(names)} ({files.some(names)})" for names in both]
-        told.append("{} was {}, now it is {}".format(what, *both))
-    if told:
-        raise UserError(f"--resume: {'; '.join(told)}")
+        changes.append("{} was {}, now it is {}".format(what, *both))
+    if changes:
+        raise UserError(f"--resume: {'; '.join(changes)}")
 
 
 def save_state(run, stage=None, step=0, parts=None, total=None):
     """Write last.pt, all that --resume needs. parts, within a stage: name -> stateful object."""
     if run.rank == 0:
         tree = dict(format="run-state-2", stage=stage, step=step, results=run.results, total=total)
-        tree |= dict(settings=settings(run.args), inits=run.inits, data=run.data)
+        tree |= dict(settings=recorded(run.args), inits=run.inits, data=run.data)
         tree |= {name: part.state_dict() for name, part in (parts or {}).items()}
         files.save_tensors(run.out / "last.pt", tree)
 
 
 def save_metrics(run, tree):
     """Write metrics.json: `tree`, the results of all stages, the settings, the hardware."""
-    tree = tree | run.results | dict(settings=settings(run.args))
+    tree = tree | run.results | dict(settings=recorded(run.args))
     tree |= dict(hardware=hardware(run.device), torch=torch.__version__)
     files.write_text(run.out / "metrics.json", json.dumps(tree, indent=1) + "\n")
 
@@ -217,47 +217,47 @@ def run_steps(run, stage, parts, batches, loss_terms, schedule, score, count=Non
     Returns the seconds it took, interrupted runs included, scoring excluded.
     """
     args, total = run.args, schedule["total"]
-    watch = Watch(run, stage, total, batches.batch_size * args.accumulate)
-    parts = parts | dict(watch=watch)
+    log = TrainingLog(run, stage, total, batches.batch_size * args.accumulate)
+    parts = parts | dict(watch=log)  # its name in last.pt
     first = restore(run, stage, parts)
     learner, optimizer, scaler = parts["learner"], parts["optimizer"], parts["scaler"]
     wrapped = parallel.wrap(learner, run.device)
     numbers = range(first * args.accumulate, total * args.accumulate)
     batches = load(batches, numbers, args.workers, run.device)
     learner.train()
-    watch.begin(first)
+    log.begin(first)
     saved = time.time()
     for step in range(first, total):
         lr = learning_rate(step, **schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        micro = [next(batches) for _ in range(args.accumulate)]
-        counted = [count(micro)] if count else []
-        for part, batch in enumerate(micro):
+        parts_of_step = [next(batches) for _ in range(args.accumulate)]
+        counted = [count(parts_of_step)] if count else []
+        for part, batch in enumerate(parts_of_step):
             torch.manual_seed(hash((args.seed, step, part)))  # the same in all processes, see Drop
             syncs = run.world == 1 or part == args.accumulate - 1
             with contextlib.nullcontext() if syncs else wrapped.no_sync():
                 terms = loss_terms(wrapped, batch, *counted)
                 scaler.scale(sum(terms.values()) / args.accumulate).backward()
-            watch.add(step, terms)
+            log.add(step, terms)
         update(learner, optimizer, scaler, args.clip)
         if "ema" in parts:
             parts["ema"].update_parameters(learner.student)
-        stopping, due = parallel.any_process(run.signals, watch.due(step))
+        stopping, due = parallel.any_process(run.signals, log.due(step))
         if due:
-            watch.report(step, lr)
+            log.report(step, lr)
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < total:
-            with watch.paused():
+            with log.paused():
                 score(parts["ema"].module if "ema" in parts else learner.student, step + 1)
         if stopping or time.time() - saved > args.save_every:
-            watch.check()
+            log.check()
             save_state(run, stage, step + 1, parts, total)
             saved = time.time()
         if stopping:
             run.print(f"stopped after step {step + 1} of {stage}; the same with --resume goes on")
             raise SystemExit(128 + (run.signals or [signal.SIGTERM])[0])
-    watch.check()
-    return watch.seconds()
+    log.check()
+    return log.seconds()
 
 
 def restore(run, stage, parts):
@@ -287,7 +287,7 @@ def load(batches, numbers, workers, device):
 # progress lines
 
 
-class Watch:
+class TrainingLog:
     """Sums the loss terms on the device, and prints and logs their means every few seconds."""
 
     def __init__(self, run, stage, total, batch_size):
@@ -302,8 +302,8 @@ class Watch:
         self.before = state["seconds"]
 
     def begin(self, first):
-        self.first = self.told_step = first
-        self.start = self.told = time.time()
+        self.first = self.reported_step = first
+        self.start = self.reported = time.time()
 
     def add(self, step, terms):
         self.names = list(terms)
@@ -332,7 +332,7 @@ class Watch:
         paused = time.time()
         yield
         self.start += time.time() - paused
-        self.told += time.time() - paused
+        self.reported += time.time() - paused
 
     def due(self, step):
         """Whether it is time for a line: all processes report as soon as it is in one of them.
@@ -341,21 +341,21 @@ class Watch:
         """
         if self.run.device.type == "cpu" or (step + 1) % 20 == 0:
             self.check()
-        return time.time() - self.told >= self.run.args.log_every or step + 1 == self.total
+        return time.time() - self.reported >= self.run.args.log_every or step + 1 == self.total
 
     def report(self, step, lr):
         now, done = time.time(), step + 1
-        steps = done - self.told_step
+        steps = done - self.reported_step
         means = parallel.process_mean(self.sums) / (steps * self.run.args.accumulate)
         terms = dict(zip(self.names, means.tolist()))
-        speed = steps * self.batch_size / (now - self.told)
+        speed = steps * self.batch_size / (now - self.reported)
         eta = clock((self.total - done) * (now - self.start) / (done - self.first))
         words = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
         progress = f"{done:6d}/{self.total} {100 * done // self.total:3d}%"
         line = f"{self.stage:7s} {progress}  {words}  lr {lr:.1e}  {speed:.0f} img/s  eta {eta}"
         self.run.print(line)
         self.run.log(stage=self.stage, step=done, **terms, lr=lr, img_s=round(speed, 1))
-        self.told, self.told_step, self.sums = now, done, 0
+        self.reported, self.reported_step, self.sums = now, done, 0
 
 
 def clock(seconds):

@@ -182,7 +182,7 @@ def resolve(args):
     args.out_dir = args.out_dir or f"out/pretrain-{args.model}-{args.size}-{args.method}"
     with torch.device("meta"):
         net = classifiers.build(args.model, 2, args.size, args.patch, args.drop_path)
-        build_method(args, net, net)
+        method_of(args, net, net)
     if args.model in classifiers.VITS:
         args.patch = args.patch or classifiers.default_patch(args.size)
 
@@ -225,7 +225,7 @@ def open_teacher(args):
     return net, facts["classes"]
 
 
-def check_classes(args, known, classes):
+def check_same_classes(args, known, classes):
     """UserError if the teacher's classes differ from those of the photos."""
     if known != classes:
         raise UserError(
@@ -234,7 +234,7 @@ def check_classes(args, known, classes):
         )
 
 
-def build_method(args, net, teacher):
+def method_of(args, net, teacher):
     """The method of --method between two classifiers; between ViTs manifold compares BLOCKS."""
     options = methods.chosen(args, FLAGS)
     if "manifold" in args.method and net.name in classifiers.VITS:
@@ -261,7 +261,7 @@ def loss_terms(run, classes, frozen, learner, batch):
 def train_classifier(run, net, teacher, train, val):
     """Train `net`; returns the seconds it took."""
     args = run.args
-    method = build_method(args, net, teacher)
+    method = method_of(args, net, teacher)
     ce = functools.partial(cross_entropy, weight=args.ce_weight, smoothing=args.label_smoothing)
     learner = Learner(net, method, ce if args.ce_weight else None)
     known = model.IMAGENET_MEAN, model.IMAGENET_STD
@@ -317,7 +317,7 @@ def main(args):
     classes = train.classes
     run.print(f"{len(train)} photos to learn from, {len(val)} to score, {len(classes)} classes")
     if teacher:
-        check_classes(args, known, classes)
+        check_same_classes(args, known, classes)
         loop.freeze(teacher, run.device)
     torch.manual_seed(args.seed)
     net = classifiers.build(args.model, len(classes), args.size, args.patch, args.drop_path)

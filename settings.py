@@ -301,7 +301,7 @@ def check_limits(args, limits):
             raise UserError(f"{as_flag(name)} {value}: must be {low} to {high}")
 
 
-def build_method(args, name, net, teacher=None):
+def method_of(args, name, net, teacher=None):
     """The method of this name between two nets, with those of its flags that were given."""
     options = methods.chosen(args) if name != "none" or args.method == "none" else {}
     return methods.build(name, net, teacher, **options)
@@ -311,10 +311,10 @@ def check_method(args, teacher=None):
     """UserError for flags and nets that do not go together, before any training."""
     with torch.device("meta"):
         teacher = teacher or model.build(args.teacher, 2)
-        build_method(args, args.method, model.build(args.student, 2), teacher)
+        method_of(args, args.method, model.build(args.student, 2), teacher)
 
 
-def settings(args):
+def recorded(args):
     """The flags that may not change when a run is resumed."""
     return {name: value for name, value in vars(args).items() if name not in FREE}
 
@@ -323,7 +323,7 @@ def command_line(args, script="train.py"):
     """The command with all defaults spelled out."""
     words = ["python", script]
     where = {name: getattr(args, name) for name in ("data_dir", "out_dir")}
-    for name, value in (settings(args) | where).items():
+    for name, value in (recorded(args) | where).items():
         if name in PAPER_DECIDES and getattr(args, "recipe", "") == "paper":
             continue
         flag = as_flag(name)

@@ -38,7 +38,7 @@ def embedding(c_in, c_out):
     return nn.Sequential(conv, nn.InstanceNorm2d(c_out, eps=1e-5, affine=True))
 
 
-def attend(q, k, v, axis):
+def rebuild(q, k, v, axis):
     """Student values v, mixed by the similarities of student q, teacher k: all (G, P, D).
 
     No 1 / sqrt(D): the norms make similarities large, so that attention is close to a hard
@@ -126,7 +126,7 @@ class TaT(nn.Module):
 
     def mismatch(self, q, k, v, t):
         """Mean of (rebuilt - t)^2 over all groups; each argument is a list of (G, P, D)."""
-        errors = [(attend(*qkv, self.axis) - g).square().sum() for *qkv, g in zip(q, k, v, t)]
+        errors = [(rebuild(*qkv, self.axis) - g).square().sum() for *qkv, g in zip(q, k, v, t)]
         return sum(errors) / sum(g.numel() for g in t)
 
     def forward(self, student, teacher, images, labels):
@@ -167,7 +167,7 @@ class WholeTaT(nn.Module):
         with full_precision(s):
             s, t = matched(s, teacher.features[-1])
             q, v, t = (to_tokens(x) for x in (self.query(s), self.value(s), t))  # (B, h * w, C_t)
-            return {"tat": self.weight * (attend(q, t, v, self.axis) - t).square().mean()}
+            return {"tat": self.weight * (rebuild(q, t, v, self.axis) - t).square().mean()}
 
 
 METHODS = {"tat": TaT}

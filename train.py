@@ -36,10 +36,10 @@ from settings import (
     FINE_TUNING_LR,
     IMAGENET,
     PAPER_EPOCHS,
-    build_method,
     check_method,
     command_line,
     get_args,
+    method_of,
     resolve,
 )
 from step import Learner, Teacher, mean_count
@@ -122,13 +122,13 @@ def open_run(args):
     run.data["checksum of names and sizes"] = data.fingerprint(dataset, names)
     if args.resume:
         loop.resume(run)
-    check_labels(run)
+    check_stage_labels(run)
     return run
 
 
-def check_labels(run):
+def check_stage_labels(run):
     """UserError if a stage would learn from labels that are all void."""
-    with told_once(run):
+    with only_first_prints(run):
         if run.args.teacher:
             data.check_labels(run.train, run.dataset.classes, "training images")
         data.check_labels(run.images("alone"), run.dataset.classes, "student's images")
@@ -157,7 +157,7 @@ def run_stage(run, stage, name, spec="none", teacher=None):
     init = start_from(run, stage, net, init)
     if lr is None:  # --teacher-lr was not given
         lr = args.lr if init == "scratch" else min(args.lr, FINE_TUNING_LR)
-    method = build_method(args, spec, net, teacher and teacher[0])
+    method = method_of(args, spec, net, teacher and teacher[0])
     for note in [m.note for m in method.modules() if getattr(m, "note", "")]:
         run.print(note)
     extra = model.count_parameters(method)
@@ -186,7 +186,7 @@ def start_from(run, stage, net, init):
         try:
             if init is None:
                 raise UserError(f"There are no ImageNet weights of a {net.name}.")
-            with told_once(run):
+            with only_first_prints(run):
                 parallel.first_then_others(lambda: model.load_weights(net, init))
         except UserError as e:
             if not auto:
@@ -211,7 +211,7 @@ def check_student_init(run):
             parallel.first_then_others(lambda: model.load_weights(net, args.student_init))
 
 
-def told_once(run):
+def only_first_prints(run):
     """A context in which only process 0 prints."""
     return contextlib.nullcontext() if run.rank == 0 else contextlib.redirect_stdout(None)
 
@@ -219,7 +219,7 @@ def told_once(run):
 def find_teacher(run):
     """The teacher of --teacher-ckpt, scored like one trained here: (net, facts)."""
     net, facts = parallel.first_then_others(lambda: model.load(run.args.teacher_ckpt))
-    with told_once(run):
+    with only_first_prints(run):
         catalog.check_classes(run.args.teacher_ckpt, net, facts, run.dataset)
     check_method(run.args, net)
     facts = catalog.complete(facts, net.num_classes, run.dataset)
@@ -282,7 +282,7 @@ def class_weights(run, split):
     """The paper's weights (K,) for the split's labels, on the device; None if not used."""
     if run.args.class_weights == "none":
         return None
-    with told_once(run):
+    with only_first_prints(run):
         return data.class_weights(split, len(run.dataset.classes)).to(run.device)
 
 

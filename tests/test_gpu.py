@@ -123,7 +123,7 @@ def test_likewise_between_classifiers(nets, method):
     teacher, student = (classifiers.build(name, 5, 32) for name in nets)
     args = pretrain.get_args(["--data-dir", "", "--model", nets[1], "--method", method])
     ce = functools.partial(pretrain.cross_entropy, weight=1.0, smoothing=0.1)
-    learner = Learner(student, pretrain.build_method(args, student, teacher), ce)
+    learner = Learner(student, pretrain.method_of(args, student, teacher), ce)
     mode = FakeTensorMode()
     teacher, learner = to_gpu(mode, teacher.eval(), learner.train())
     look = Teacher(

@@ -126,44 +126,44 @@ def test_a_teachers_void_is_cut_off():
     assert torch.equal(Teacher(net, facts, facts["mean"], facts["std"], True)(images).logits, want)
 
 
-def a_watch(folder, accumulate=1, batch_size=8):
+def a_log(folder, accumulate=1, batch_size=8):
     args = Namespace(accumulate=accumulate, log_every=0)
     run_ = loop.Run(args=args, out=folder, device=torch.device("cpu"))
-    return loop.Watch(run_, "student", total=20, batch_size=batch_size)
+    return loop.TrainingLog(run_, "student", total=20, batch_size=batch_size)
 
 
 def test_lines_tell_means_speed_and_what_is_left(tmp_path, monkeypatch, capsys):
     clock = [100.0]
     monkeypatch.setattr(loop.time, "time", lambda: clock[0])
-    watch = a_watch(tmp_path, accumulate=2)
-    watch.begin(4)  # resumed
+    log = a_log(tmp_path, accumulate=2)
+    log.begin(4)  # resumed
 
     def steps(*values):  # two parts a step
         for k, value in enumerate(values):
-            watch.add(k // 2, dict(ce=torch.tensor(value)))
+            log.add(k // 2, dict(ce=torch.tensor(value)))
 
     steps(1.0, 3.0, 5.0, 7.0)
     clock[0] += 4
-    with watch.paused():
+    with log.paused():
         clock[0] += 50
-    watch.report(5, 0.1)  # two steps of 8 in 4 seconds; 14 are left
+    log.report(5, 0.1)  # two steps of 8 in 4 seconds; 14 are left
     steps(10.0, 20.0)
     clock[0] += 1
-    watch.report(6, 0.1)  # one step in 1 second; 3 steps in 5 seconds, 13 are left
+    log.report(6, 0.1)  # one step in 1 second; 3 steps in 5 seconds, 13 are left
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["step"], r["ce"], r["img_s"]) for r in lines] == [(6, 4.0, 4.0), (7, 15.0, 8.0)]
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith("eta 0:28") and said[1].endswith("eta 0:22")
-    assert watch.seconds() == 5.0
+    assert log.seconds() == 5.0
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 def test_the_first_step_at_which_a_term_was_not_finite_is_told(tmp_path, value):
-    watch = a_watch(tmp_path)
+    log = a_log(tmp_path)
     for step, kd in enumerate((1.0, 2.0, value, 3.0, value)):
-        watch.add(step, dict(ce=torch.tensor(1.0), kd=torch.tensor(kd)))
+        log.add(step, dict(ce=torch.tensor(1.0), kd=torch.tensor(kd)))
     with pytest.raises(UserError, match="'kd' was not finite at step 2"):
-        watch.check()
+        log.check()
 
 
 def test_what_is_clipped_are_the_gradients_and_not_the_scaled_ones():
@@ -184,4 +184,4 @@ def test_what_is_clipped_are_the_gradients_and_not_the_scaled_ones():
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(UserError, match="cannot write .*log.jsonl: Is a directory"):
-        a_watch(tmp_path).run.log(step=1)
+        a_log(tmp_path).run.log(step=1)

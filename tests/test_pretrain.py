@@ -404,7 +404,7 @@ def test_kd_of_classifiers_is_the_formula():
     args = pretrain.get_args(["--data-dir", "d", "--method", "kd", "--temperature", "3"])
     args.kd_weight = 0.7
     net = classifiers.build("nano", 6, 32)
-    method = pretrain.build_method(args, net, net)
+    method = pretrain.method_of(args, net, net)
     got = method(logits_only(s), logits_only(t), None, None)
     p, q = ((x.double().numpy() / T) for x in (t, s))
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (p, q))
@@ -448,10 +448,10 @@ def test_published_weights(teacher, tree):
 def test_manifold_of_vits_compares_the_eight_blocks():
     small, tiny = (classifiers.build(n, 3, 32) for n in ("vit_small", "vit_tiny"))
     args = pretrain.get_args(["--data-dir", "d", "--method", "manifold"])
-    method = pretrain.build_method(args, tiny, small)
+    method = pretrain.method_of(args, tiny, small)
     assert method.stages == (1, 2, 3, 4, 5, 6, 7, 8) and method.weights == (4, 0.1, 0.2)
     net = classifiers.build("nano", 3, 32)
-    assert pretrain.build_method(args, net, net).stages == (4,)
+    assert pretrain.method_of(args, net, net).stages == (4,)
 
 
 @pytest.mark.parametrize("method", [name for name in pretrain.WEIGHTS if name != "none"])
@@ -534,7 +534,7 @@ def test_epochs_are_counted(tree, tmp_path):
     again = pretrain.get_args([*said[2:], "--data-dir", str(tree), "--out-dir", str(tmp_path)])
     pretrain.resolve(again)
     pretrain.open_run(again)
-    assert settings.settings(again) == settings.settings(args)
+    assert settings.recorded(again) == settings.recorded(args)
 
 
 @pytest.mark.parametrize("method", [None, "tat+kd", "manifold"])

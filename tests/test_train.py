@@ -27,7 +27,7 @@ import model
 import parallel
 import train
 from files import UserError
-from settings import settings
+from settings import recorded
 from step import Teacher, learning_rate, parameter_groups
 
 ROOT = Path(train.__file__).parent
@@ -187,7 +187,7 @@ def test_the_command_line_it_prints_is_the_run(folder, tmp_path):
     again = train.get_args([*said[2:], *where])
     train.resolve(again)
     train.open_run(again)
-    assert settings(again) == settings(args)
+    assert recorded(again) == recorded(args)
     args.alone = False
     assert "--no-alone" in train.command_line(args)
 
@@ -432,8 +432,8 @@ def test_resume_in_parts_of_a_batch(folder, tmp_path):
 
 
 def test_a_line_counts_all_parts_of_a_batch(folder, tmp_path, monkeypatch):
-    sizes, real = [], loop.Watch
-    monkeypatch.setattr(loop, "Watch", lambda *a: sizes.append(a[3]) or real(*a))
+    sizes, real = [], loop.TrainingLog
+    monkeypatch.setattr(loop, "TrainingLog", lambda *a: sizes.append(a[3]) or real(*a))
     run(folder, tmp_path / "out", "--method", "none", "--accumulate", "2", "--max-iters", "1")
     assert sizes == [4]
 
