@@ -84,9 +84,9 @@ def build_step(args, spec, lean=False, channels_last=False, compile=False):
     method = methods.build(spec, student, teacher)
     learner = Learner(student, method).train()
     if lean:
-        look = Teacher(teacher, FACTS, FACTS["mean"], FACTS["std"], method.needs_head)
+        run_teacher = Teacher(teacher, FACTS, FACTS["mean"], FACTS["std"], method.needs_head)
     else:
-        look = teacher  # called directly: with autograd graph and head
+        run_teacher = teacher  # called directly: with autograd graph and head
         for net in (teacher, student):
             net.forward = mock.patch.object(model, "attend", written_out)(net.forward)
         for module in (*teacher.modules(), *student.modules()):
@@ -98,36 +98,36 @@ def build_step(args, spec, lean=False, channels_last=False, compile=False):
             module.to(memory_format=torch.channels_last)
     if compile:
         learner.compile()
-        look.compile()
-    return learner, method.needs_teacher and look
+        run_teacher.compile()
+    return learner, method.needs_teacher and run_teacher
 
 
 def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
     """A step's cost: seconds, in total and by part, and memory in GB."""
-    how = dict(VARIANTS[variant])
-    if how.pop("keep", False):
+    options = dict(VARIANTS[variant])
+    if options.pop("keep", False):
         parallel.keep_memory()
-    dtype = how.pop("dtype", "float32")
+    dtype = options.pop("dtype", "float32")
     before = memory(args.device, "now")
-    learner, look = build_step(args, spec, **how)
+    learner, run_teacher = build_step(args, spec, **options)
     wrapped = wrap(learner)
     groups = parameter_groups(learner, 0.01)
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused="lean" in how)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused="lean" in options)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=False)
     batches = loader(args, batch_size, args.workers)
     watch = Stopwatch(args.device)
-    if "compile" not in how:  # the hook would be compiled with the rest
+    if "compile" not in options:  # the hook would be compiled with the rest
         learner.student.register_forward_hook(lambda *_: watch.mark("student"))
 
     def step():
         watch.mark("start")
         batch = next(batches)
         images, labels = augment.device_batch(batch, args.device, FACTS["mean"], FACTS["std"])
-        if "channels_last" not in how:
+        if "channels_last" not in options:
             images = images.contiguous()
         watch.mark("data")
         with evaluation.autocast(args.device, dtype):
-            seen = look(images) if look else None
+            seen = run_teacher(images) if run_teacher else None
             watch.mark("teacher")
             terms = wrapped(images, labels, seen)
         watch.mark("losses")
@@ -170,9 +170,9 @@ def step_flops(args):
         def learn():
             method(student(image), seen, image, labels)
 
-        look = sum(flops.count(lambda: teacher(image, head=method.needs_head)))
-        look *= method.needs_teacher
-        return 2e9 * look, 2e9 * (look + 3 * sum(flops.count(learn)))
+        teacher_gmacs = sum(flops.count(lambda: teacher(image, head=method.needs_head)))
+        teacher_gmacs *= method.needs_teacher
+        return 2e9 * teacher_gmacs, 2e9 * (teacher_gmacs + 3 * sum(flops.count(learn)))
 
 
 def bench_step(args, peaks):
@@ -182,13 +182,13 @@ def bench_step(args, peaks):
     names = ("data", "teacher", "student", "losses", "backward", "optimiser")
     titles = "".join(f"{name:>10s}" for name in names)
     print(f"{'':14s}{'ms':>7s}{'faster':>8s}{titles}{'GB':>7s}{'img/s':>8s}{'of peak':>12s}")
-    look, whole = step_flops(args)
+    teacher_flops, whole = step_flops(args)
     rows = []
     for variant in args.variants:
         (r,) = in_processes(time_step, (args, args.method, variant, args.batch_size))
         peak = peaks[VARIANTS[variant].get("dtype", "float32")]
         r["utilisation"] = whole * r["img_s"] / peak
-        r["teacher_utilisation"] = look * args.batch_size / r["parts"]["teacher"] / peak
+        r["teacher_utilisation"] = teacher_flops * args.batch_size / r["parts"]["teacher"] / peak
         rows.append(r)
         parts = [r["parts"].get(name) for name in names]
         parts = "".join(f"{'-' if t is None else round(1000 * t):>10}" for t in parts)
@@ -230,11 +230,11 @@ def time_inference(args, net, size, batch, dtype="float32"):
     """Seconds of one forward pass of a batch."""
     images = torch.randn(batch, 3, *size, device=args.device)
 
-    def look():
+    def forward():
         with torch.inference_mode(), evaluation.autocast(args.device, dtype):
             net(images)
 
-    return timed(look, args.device, args.seconds / 4)
+    return timed(forward, args.device, args.seconds / 4)
 
 
 def bench_inference(args, peaks):
@@ -456,8 +456,8 @@ def check(args):
     native = parallel.has_native(device, "bfloat16")
     if args.variants is None:
         slow = {"compile": device.type == "cpu", "dtype": not native}
-        slow = [how for how, is_slow in slow.items() if is_slow]
-        args.variants = [name for name, how in VARIANTS.items() if not how.keys() & slow]
+        slow = [option for option, is_slow in slow.items() if is_slow]
+        args.variants = [name for name, options in VARIANTS.items() if not options.keys() & slow]
     args.dtypes = ["float32"]
     if native or any("dtype" in VARIANTS[name] for name in args.variants):
         args.dtypes.append("bfloat16")
@@ -496,8 +496,8 @@ def main(args):
         print("bfloat16 is left out: this device emulates it, many times slower than float32")
     peaks = {dtype: matmul_peak(args.device, dtype) for dtype in args.dtypes}
     tree["peak_flops"] = peaks
-    words = ", ".join(f"{dtype} {peak / 1e12:.2f}" for dtype, peak in peaks.items())
-    print(f"TFLOP/s of a large matrix product: {words}")
+    shown = ", ".join(f"{dtype} {peak / 1e12:.2f}" for dtype, peak in peaks.items())
+    print(f"TFLOP/s of a large matrix product: {shown}")
     for section in args.only:
         tree[section] = SECTIONS[section](args, peaks)
     if args.json:

@@ -86,16 +86,16 @@ class ResizedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, weights):
         total, grads = 0, []
-        few = max(1, CHUNK // (logits.shape[1] * labels[0].numel()))  # images at a time
+        chunk = max(1, CHUNK // (logits.shape[1] * labels[0].numel()))  # images at a time
         logits = logits.contiguous(memory_format=torch.channels_last)
-        for x, y, w in zip(logits.split(few), labels.split(few), weights.split(few)):
-            up = resize(x, y.shape[1:]).permute(0, 2, 3, 1)  # (few, H, W, K)
+        for x, y, w in zip(logits.split(chunk), labels.split(chunk), weights.split(chunk)):
+            up = resize(x, y.shape[1:]).permute(0, 2, 3, 1)  # (chunk, H, W, K)
             log_p = up.log_softmax(dim=3)
             y = y.long().masked_fill(y == IGNORE, 0)[..., None]
             total = total - (log_p.gather(3, y)[..., 0] * w).sum()
             if ctx.needs_input_grad[0]:
                 d = log_p.exp_().scatter_add_(3, y, torch.full_like(log_p[..., :1], -1.0))
-                d = d.mul_(w[..., None]).permute(0, 3, 1, 2)  # (few, K, H, W)
+                d = d.mul_(w[..., None]).permute(0, 3, 1, 2)  # (chunk, K, H, W)
                 grads.append(resize_adjoint(d, x.shape))
         ctx.save_for_backward(torch.cat(grads) if grads else None)
         return total

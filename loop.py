@@ -105,8 +105,8 @@ def claim(out, rank):
                 half.unlink()
         except OSError as e:
             if e.errno in (errno.EACCES, errno.EAGAIN):
-                words = "another run is at work there: pass another --out-dir, or wait for it"
-                raise UserError(f"{out}: {words}") from e
+                reason = "another run is at work there: pass another --out-dir, or wait for it"
+                raise UserError(f"{out}: {reason}") from e
 
 
 def resume(run):
@@ -350,9 +350,9 @@ class TrainingLog:
         terms = dict(zip(self.names, means.tolist()))
         speed = steps * self.batch_size / (now - self.reported)
         eta = clock((self.total - done) * (now - self.start) / (done - self.first))
-        words = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
         progress = f"{done:6d}/{self.total} {100 * done // self.total:3d}%"
-        line = f"{self.stage:7s} {progress}  {words}  lr {lr:.1e}  {speed:.0f} img/s  eta {eta}"
+        line = f"{self.stage:7s} {progress}  {losses}  lr {lr:.1e}  {speed:.0f} img/s  eta {eta}"
         self.run.print(line)
         self.run.log(stage=self.stage, step=done, **terms, lr=lr, img_s=round(speed, 1))
         self.reported, self.reported_step, self.sums = now, done, 0

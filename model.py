@@ -326,15 +326,15 @@ def load(source):
     name, num_classes, width = recognise(source, state, facts)
     net = build(name, num_classes, head_width=width)
     ours = net.state_dict()
-    odd = [k for k in ours if k in state and state[k].shape != ours[k].shape]
+    misshapen = [k for k in ours if k in state and state[k].shape != ours[k].shape]
     missing = [k for k in ours if k not in state and not k.endswith("num_batches_tracked")]
-    wrong = [listed(missing, "missing"), listed(odd, "of another shape")]
+    wrong = [listed(missing, "missing"), listed(misshapen, "of another shape")]
     if any(wrong):
         raise UserError(f"{source}: damaged, or no {name}: {'; '.join(filter(None, wrong))}")
     net.load_state_dict({k: v for k, v in state.items() if k in ours}, strict=False)
-    known = dict(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD), dtype="float32")
-    known |= dict.fromkeys(("dataset", "classes", "palette", "short_side", "resize", "void"))
-    return net.eval(), known | {k: v for k, v in facts.items() if v is not None}
+    defaults = dict(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD), dtype="float32")
+    defaults |= dict.fromkeys(("dataset", "classes", "palette", "short_side", "resize", "void"))
+    return net.eval(), defaults | {k: v for k, v in facts.items() if v is not None}
 
 
 def photo_side(facts):
@@ -347,8 +347,8 @@ def recognise(source, state, facts):
     if "backbone.layer1.0.conv1.weight" in state:
         name, num_classes = cnn.recognise(state)
         if not (name and num_classes):
-            words = "without the head of a DeepLabV3 or FCN" if name else "of another depth"
-            raise UserError(f"{source}: a ResNet {words}; --teacher-init takes its backbone")
+            problem = "without the head of a DeepLabV3 or FCN" if name else "of another depth"
+            raise UserError(f"{source}: a ResNet {problem}; --teacher-init takes its backbone")
         return name, num_classes, None
     pyramid = "head.laterals.0.weight" in state
     if "head.classifier.weight" not in state or not (pyramid or "head.fuse.weight" in state):
@@ -392,20 +392,20 @@ def load_weights(net, source):
     check_encoder(net.name, source, state, ours, fits)
     net.load_state_dict(fits, strict=False)
     print(f"{source}: loaded {len(fits)} of {len(ours)} tensors")
-    odd = [k for k in state if k in ours and k not in fits]
-    for words in (
+    misshapen = [k for k in state if k in ours and k not in fits]
+    for line in (
         listed([k for k in ours if k not in state], "missing"),
         listed([k for k in state if k not in ours], "not used"),
-        listed(odd, "of another shape, left as they were"),
+        listed(misshapen, "of another shape, left as they were"),
     ):
-        if words:
-            print(f"  {words}")
-    for name in {"head.classifier.weight", cnn.CLASSIFIER} & {*odd}:
+        if line:
+            print(f"  {line}")
+    for name in {"head.classifier.weight", cnn.CLASSIFIER} & {*misshapen}:
         (theirs, width), (classes, ours_wide) = state[name].shape[:2], ours[name].shape[:2]
-        words = f"{theirs} classes, this one {classes}"
+        difference = f"{theirs} classes, this one {classes}"
         if theirs == classes:
-            words = f"{width} channels, this one {ours_wide}"
-        print(f"  warning: its head has {words}: not loaded")
+            difference = f"{width} channels, this one {ours_wide}"
+        print(f"  warning: its head has {difference}: not loaded")
 
 
 def check_encoder(name, source, state, ours, fits):
@@ -423,11 +423,11 @@ def check_encoder(name, source, state, ours, fits):
     theirs = "a ResNet"
     if "backbone.layer1.0.conv1.weight" not in state:
         shape = encoder_shape(state)
-        known = [known for known, (dims, _, depths, _) in MODELS.items() if (dims, depths) == shape]
-        theirs = " or ".join(known) or "channels {}, depths {}".format(*shape)
-    how = f"of {len(encoder)} tensors missing or of another shape"
-    how = listed(lacking, how) or listed(deeper, "tensors too many")
-    raise UserError(f"{source}: not the encoder of a {name}, but {theirs}: {how}")
+        names = [n for n, (dims, _, depths, _) in MODELS.items() if (dims, depths) == shape]
+        theirs = " or ".join(names) or "channels {}, depths {}".format(*shape)
+    difference = f"of {len(encoder)} tensors missing or of another shape"
+    difference = listed(lacking, difference) or listed(deeper, "tensors too many")
+    raise UserError(f"{source}: not the encoder of a {name}, but {theirs}: {difference}")
 
 
 def listed(names, what):

@@ -23,8 +23,8 @@ class Output(NamedTuple):
 
 def resize(x, size):
     """Bilinear to size (h, w), half-pixel centres (align_corners=False): as for all logits here."""
-    known = isinstance(x.shape[2], int)  # not a tracer's symbol, which cannot be compared
-    if known and tuple(x.shape[2:]) == tuple(size):
+    concrete = isinstance(x.shape[2], int)  # not a tracer's symbol, which cannot be compared
+    if concrete and tuple(x.shape[2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 

@@ -53,8 +53,8 @@ WEIGHTS = {
     "tat+kd": dict(ce_weight=0.5, kd_weight=0.5, tat_weight=0.1),
 }
 FLAGS = {
-    name: how
-    for name, how in methods.FLAGS.items()
+    name: flag
+    for name, flag in methods.FLAGS.items()
     if name in ("kd_weight", "temperature", "tat_axis") or name.startswith("manifold_")
 }
 FLAGS |= {
@@ -193,22 +193,22 @@ def resolve(args):
 
 def open_run(args):
     """(run, its photos to learn from, those to score); resumes the run in --out-dir if asked."""
-    place = loop.start(args, [args.batch_size], ("encoder.pt",))
-    if (args.mixup or args.cutmix) and args.batch_size // args.accumulate // place["world"] % 2:
+    common = loop.start(args, [args.batch_size], ("encoder.pt",))
+    if (args.mixup or args.cutmix) and args.batch_size // args.accumulate // common["world"] % 2:
         raise UserError("--mixup and --cutmix take photos in pairs: an even number a process")
-    how = args.store, args.cache, args.cache_dir, args.cache_gb, args.classes
-    train, val = parallel.first_then_others(lambda: photos.open_splits(args.data_dir, *how))
+    options = args.store, args.cache, args.cache_dir, args.cache_gb, args.classes
+    train, val = parallel.first_then_others(lambda: photos.open_splits(args.data_dir, *options))
     if args.workers is None:
-        busy = place["device"].type == "cuda" or not train.packed  # decoding takes the time
+        busy = common["device"].type == "cuda" or not train.packed  # decoding takes the time
         args.workers = parallel.spare_cores() if busy else 0
     if not args.max_iters:
         args.max_iters = math.ceil((args.epochs or 100) * len(train) / args.batch_size)
         args.epochs = None
-    loop.claim(place["out"], place["rank"])
-    known = dict(classes=train.classes, train=len(train), val=len(val))
+    loop.claim(common["out"], common["rank"])
+    identity = dict(classes=train.classes, train=len(train), val=len(val))
     names = hashlib.sha256(train.names.tobytes() + val.names.tobytes())
-    known["checksum of names"] = names.hexdigest()[:16]
-    run = loop.Run(args=args, data=known, **place)
+    identity["checksum of names"] = names.hexdigest()[:16]
+    run = loop.Run(args=args, data=identity, **common)
     if args.resume:
         loop.resume(run)
     return run, train, val
@@ -225,12 +225,12 @@ def open_teacher(args):
     return net, facts["classes"]
 
 
-def check_same_classes(args, known, classes):
+def check_same_classes(args, theirs, classes):
     """UserError if the teacher's classes differ from those of the photos."""
-    if known != classes:
+    if theirs != classes:
         raise UserError(
-            f"{args.teacher}: knows {len(known)} classes ({files.some(known, 3)}), {args.data_dir} "
-            f"has {len(classes)} ({files.some(classes, 3)})"
+            f"{args.teacher}: knows {len(theirs)} classes ({files.some(theirs, 3)}), "
+            f"{args.data_dir} has {len(classes)} ({files.some(classes, 3)})"
         )
 
 
@@ -264,14 +264,14 @@ def train_classifier(run, net, teacher, train, val):
     method = method_of(args, net, teacher)
     ce = functools.partial(cross_entropy, weight=args.ce_weight, smoothing=args.label_smoothing)
     learner = Learner(net, method, ce if args.ce_weight else None)
-    known = model.IMAGENET_MEAN, model.IMAGENET_STD
-    facts = dict(mean=known[0], std=known[1], void=None)
-    frozen = Teacher(teacher, facts, *known, method.needs_head) if teacher else None
+    mean, std = model.IMAGENET_MEAN, model.IMAGENET_STD
+    facts = dict(mean=mean, std=std, void=None)
+    frozen = Teacher(teacher, facts, mean, std, method.needs_head) if teacher else None
     parts = loop.trained_parts(run, learner, frozen, args.lr)
     crops = photos.Crops(args.size, tuple(args.area), args.colour, args.mixup, args.cutmix)
-    micro = args.batch_size // args.accumulate
+    part_size = args.batch_size // args.accumulate
     batches = augment.Batches(
-        train, micro, args.seed, crops, run.rank, run.world, photos.host_batch
+        train, part_size, args.seed, crops, run.rank, run.world, photos.host_batch
     )
     terms = functools.partial(loss_terms, run, len(train.classes), frozen)
     schedule = dict(peak=args.lr, total=args.max_iters, warmup=args.warmup, decay=args.decay)
@@ -310,14 +310,14 @@ def score(run, val, stage, net, step):
 
 def main(args):
     resolve(args)
-    teacher, known = open_teacher(args) if args.teacher else (None, None)
+    teacher, theirs = open_teacher(args) if args.teacher else (None, None)
     run, train, val = open_run(args)
     loop.catch_signals(run)
     run.print(settings.command_line(args, "pretrain.py"))
     classes = train.classes
     run.print(f"{len(train)} photos to learn from, {len(val)} to score, {len(classes)} classes")
     if teacher:
-        check_same_classes(args, known, classes)
+        check_same_classes(args, theirs, classes)
         loop.freeze(teacher, run.device)
     torch.manual_seed(args.seed)
     net = classifiers.build(args.model, len(classes), args.size, args.patch, args.drop_path)

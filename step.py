@@ -25,10 +25,10 @@ class Learner(nn.Module):
         self.student, self.method = student, method
         self.ce = None if getattr(method, "replaces_ce", False) else ce
 
-    def forward(self, images, labels, teacher, **how):
-        """{name: loss term}. teacher: its Output, or None; how: further arguments of ce."""
+    def forward(self, images, labels, teacher, **ce_options):
+        """{name: loss term}. teacher: its Output, or None; ce_options: further arguments of ce."""
         out = self.student(images)
-        terms = {"ce": self.ce(out.logits, labels, **how)} if self.ce else {}
+        terms = {"ce": self.ce(out.logits, labels, **ce_options)} if self.ce else {}
         taught = self.method(out, teacher, images, labels)
         if "ce" in terms and "ce" in taught:
             raise UserError("a method's term is called 'ce', as the cross-entropy of the labels is")

@@ -71,7 +71,7 @@ class Run(loop.Run):
 def open_run(args):
     """Processes, data and facts of a run; resumes the one in --out-dir if asked to."""
     batch_sizes = filter(None, (args.batch_size, args.teacher_batch_size))
-    place = loop.start(args, batch_sizes, ("teacher.pt", "student.pt"))
+    common = loop.start(args, batch_sizes, ("teacher.pt", "student.pt"))
     dataset = catalog.open_dataset(args.dataset, args.data_dir)
     cache = (args.data_dir, args.cache, args.cache_dir, args.cache_gb)
     names = ["train", "val", *filter(None, [args.unlabelled])]
@@ -79,7 +79,7 @@ def open_run(args):
         lambda: [data.open_split(dataset, name, *cache) for name in names]
     )
     if args.workers is None:
-        busy = place["device"].type == "cuda" or isinstance(train, data.Files)
+        busy = common["device"].type == "cuda" or isinstance(train, data.Files)
         args.workers = parallel.spare_cores() if busy else 0
     if args.max_iters is None:  # the paper's recipe
         n = args.student_images or len(train)
@@ -103,19 +103,21 @@ def open_run(args):
         dtype=args.dtype,
     )
     crop = tuple(args.crop_size * 2)[:2]  # one number: height and width
-    look = dict(colour=args.colour, label_stride=args.label_stride)
+    augmentation = dict(colour=args.colour, label_stride=args.label_stride)
     if args.recipe == "paper":
         facts |= dict(short_side=512, resize=512)
         scale = 512 / min(height, width)
         crop = (int(height * scale + 0.5), int(width * scale + 0.5))
-        look |= dict(fit=True)
+        augmentation |= dict(fit=True)
     else:
-        look |= dict(scale=tuple(args.scale))
-    loop.claim(place["out"], place["rank"])
+        augmentation |= dict(scale=tuple(args.scale))
+    loop.claim(common["out"], common["rank"])
     few = data.subset(train, args.student_images) if args.student_images else train
     splits = dict(dataset=dataset, train=train, few=few, val=val)
     splits["unlabelled"] = unlabelled[0] if unlabelled else ()
-    run = Run(args=args, **place, **splits, augment=augment.Augment(crop, **look), facts=facts)
+    run = Run(
+        args=args, **common, **splits, augment=augment.Augment(crop, **augmentation), facts=facts
+    )
     run.images("student")  # UserError if too few
     run.data = dict(classes=list(dataset.classes), train=len(train), val=len(val))
     run.data |= dict(unlabelled=len(run.unlabelled))
@@ -266,8 +268,8 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
 
 def make_batches(run, split, batch_size):
     """Host batches of a split, by number: `accumulate` of them make a batch of batch_size."""
-    micro = batch_size // run.args.accumulate
-    return augment.Batches(split, micro, run.args.seed, run.augment, run.rank, run.world)
+    part_size = batch_size // run.args.accumulate
+    return augment.Batches(split, part_size, run.args.seed, run.augment, run.rank, run.world)
 
 
 def loss_terms(run, frozen, learner, batch, count=None):
@@ -288,9 +290,9 @@ def class_weights(run, split):
 
 def score(run, stage, net, step, facts):
     """Metrics on the val split; every process scores its share of it."""
-    how = (run.device, run.args.dtype, run.args.protocol, run.args.eval_batch_size)
-    how += (run.dataset.parts_of("val"),)
-    metrics = evaluation.evaluate(net, run.val, facts, *how)
+    options = (run.device, run.args.dtype, run.args.protocol, run.args.eval_batch_size)
+    options += (run.dataset.parts_of("val"),)
+    metrics = evaluation.evaluate(net, run.val, facts, *options)
     run.print(f"{stage:7s} {step:6d} mIoU {evaluation.percent(metrics['miou'])}")
     run.log(stage=stage, step=step, miou=metrics["miou"], pixel_acc=metrics["pixel_acc"])
     return metrics
@@ -316,13 +318,13 @@ def report(run, nets):
             f"{shares[1]:>11s} {shares[2]:>13s} {loop.clock(r['seconds']):>8s}"
         )
     h, w = run.augment.crop
-    args, told = run.args, f"student from {len(run.few)} of {len(run.train)} training images"
+    args, origin = run.args, f"student from {len(run.few)} of {len(run.train)} training images"
     if args.student_labels:
-        told += f", labels of {args.student_labels}"
+        origin += f", labels of {args.student_labels}"
     if args.unlabelled:
-        told += f", and {len(run.unlabelled)} without labels"
+        origin += f", and {len(run.unlabelled)} without labels"
     if args.student_images or args.student_labels or args.unlabelled:
-        run.print(told)
+        run.print(origin)
     scored = f"{student['images']} val images, protocol {student['protocol']}"
     run.print(f"GMACs at {h}x{w}; {scored}")
     pictures(run, nets, ["photo", "labels", *(titles[s] for s in run.results)])

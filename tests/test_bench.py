@@ -100,9 +100,9 @@ def test_naive_and_lean_compute_the_same_step(method):
     labels = torch.randint(0, 3, (2, 64, 64), dtype=torch.uint8)
     results = []
     for how in ({}, dict(lean=True), dict(lean=True, channels_last=True)):
-        learner, look = bench.build_step(options(), method, **how)
+        learner, run_teacher = bench.build_step(options(), method, **how)
         torch.manual_seed(1)
-        terms = learner(images, labels, look(images))
+        terms = learner(images, labels, run_teacher(images))
         sum(terms.values()).backward()
         grads = torch.cat([p.grad.flatten() for p in learner.parameters()])
         results.append((torch.stack(list(terms.values())).detach(), grads))
@@ -113,11 +113,11 @@ def test_naive_and_lean_compute_the_same_step(method):
 
 def test_naive_keeps_what_lean_leaves_out():
     images = torch.randn(1, 3, 64, 64)
-    _, look = bench.build_step(options(), "transkd-base")
-    out = look(images)
+    _, run_teacher = bench.build_step(options(), "transkd-base")
+    out = run_teacher(images)
     assert out.logits is not None and out.features[0].requires_grad
-    _, look = bench.build_step(options(), "transkd-base", lean=True)
-    out = look(images)
+    _, run_teacher = bench.build_step(options(), "transkd-base", lean=True)
+    out = run_teacher(images)
     assert out.logits is None and not out.features[0].requires_grad
     for lean in (False, True):
         learner, _ = bench.build_step(options(), "none", lean=lean)
@@ -202,16 +202,16 @@ def test_peak_is_that_of_large_products():
 def test_flops_of_a_step():
     """Teacher without its head once, student and adapters three times; 2 a multiply-accumulate."""
     args = options(student="b0", teacher="b2", num_classes=20, size=(512, 1024))
-    look, whole = bench.step_flops(args)
+    teacher_flops, whole = bench.step_flops(args)
     cost = flops.with_method("transkd-base", "b0", "b2", 20, args.size)
     student = cost["executed_gmacs"] + cost["attention_gmacs"]
-    assert whole - look == pytest.approx(3 * 2e9 * student, rel=1e-6)
+    assert whole - teacher_flops == pytest.approx(3 * 2e9 * student, rel=1e-6)
     b2 = flops.measure_named("b2", 20, args.size)
     dims = model.MODELS["b2"][0]
     head = sum(c * 768 * 512 * 1024 / 16 / 4**i for i, c in enumerate(dims)) / 1e9
     head += (768 * 20 * 512 * 1024 / 16 + sum(768 * 768 * (c + 1) for c in dims)) / 1e9
     want = b2["executed_gmacs"] + b2["attention_gmacs"] - head
-    assert look == pytest.approx(2e9 * want, rel=1e-3)
+    assert teacher_flops == pytest.approx(2e9 * want, rel=1e-3)
     args.method = "none"
     assert bench.step_flops(args)[0] == 0
 
