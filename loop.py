@@ -218,7 +218,7 @@ def run_steps(run, stage, parts, batches, loss_terms, schedule, score, count=Non
     """
     args, total = run.args, schedule["total"]
     log = TrainingLog(run, stage, total, batches.batch_size * args.accumulate)
-    parts = parts | dict(watch=log)  # its name in last.pt
+    parts = parts | dict(watch=log)  # under this name in last.pt
     first = restore(run, stage, parts)
     learner, optimizer, scaler = parts["learner"], parts["optimizer"], parts["scaler"]
     wrapped = parallel.wrap(learner, run.device)

@@ -195,7 +195,7 @@ def open_run(args):
     """(run, its photos to learn from, those to score); resumes the run in --out-dir if asked."""
     common = loop.start(args, [args.batch_size], ("encoder.pt",))
     if (args.mixup or args.cutmix) and args.batch_size // args.accumulate // common["world"] % 2:
-        raise UserError("--mixup and --cutmix take photos in pairs: an even number a process")
+        raise UserError("--mixup and --cutmix take photos in pairs: an even number per process")
     options = args.store, args.cache, args.cache_dir, args.cache_gb, args.classes
     train, val = parallel.first_then_others(lambda: photos.open_splits(args.data_dir, *options))
     if args.workers is None:

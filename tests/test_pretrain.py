@@ -677,7 +677,7 @@ MISTAKES = {
     "odd pairs": (
         ["--mixup", "1", "--batch-size", "3"],
         None,
-        "take photos in pairs: an even number a process",
+        "take photos in pairs: an even number per process",
     ),
     "odd batch": (["--accumulate", "3"], None, "does not divide"),
     "stages of a ViT": (
