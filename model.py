@@ -1,5 +1,5 @@
 """
-MiT encoders and the SegFormer head, from scratch (Xie et al., NeurIPS 2021, arXiv 2105.15203).
+MiT encoders and the SegFormer head, hand-written (Xie et al., NeurIPS 2021, arXiv 2105.15203).
 
     net = build("b0", num_classes=19)
     out = net(images)             # float images (B, 3, H, W), normalised, any H, W >= 32
@@ -25,8 +25,8 @@ import weights
 from files import UserError, save_tensors, some
 from nets import Drop, Output, resize
 
-# name: (embed dims, heads, depths, head width). nano is ours, for tests and the demo; parts
-# that SegFormer lacks are in others.py.
+# name: (embed dims, heads, depths, head width). nano is ours, for tests and the demo; lvt and the
+# pvt_v2 are built in others.py.
 MODELS = {
     "nano": ((16, 32, 64, 128), (1, 2, 4, 8), (1, 1, 1, 1), 64),
     "b0": ((32, 64, 160, 256), (1, 2, 5, 8), (2, 2, 2, 2), 256),
