@@ -391,11 +391,7 @@ def get_args(argv=None):
         "only if training was at one size)",
     )
     p.add_argument(
-        "--scales",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        help="average predictions over these scales",
+        "--scales", type=float, nargs="+", default=[1.0], help="average over these scales"
     )
     p.add_argument("--flip", action="store_true", help="average over mirrored images too")
     p.add_argument(

@@ -113,9 +113,7 @@ def get_args(argv=None):
     p.add_argument(
         "--lr", type=float, help="peak learning rate (default: 5e-4 * batch size / 512, as DeiT)"
     )
-    p.add_argument(
-        "--warmup", type=float, default=0.05, help="share of the steps in which it rises"
-    )
+    p.add_argument("--warmup", type=float, default=0.05, help="share of steps with a rising rate")
     p.add_argument(
         "--decay", choices=("cosine", "linear"), default="cosine", help="of the learning rate"
     )

@@ -112,7 +112,7 @@ def get_args(argv=None):
     p.add_argument(
         "--student-images",
         type=int,
-        help="only N of the training images (default: all; of scenes 20)",
+        help="only N of the training images (default: all; 20 of scenes)",
     )
     p.add_argument(
         "--student-labels",
@@ -130,8 +130,7 @@ def get_args(argv=None):
         "--recipe",
         choices=("default", "paper"),
         default="default",
-        help="paper: as in TransKD's release, small batches and whole images, slow; see PAPER in "
-        "settings.py",
+        help="paper: as TransKD's release: small batches, whole images; slow (PAPER, settings.py)",
     )
     methods.add_flags(p)
     add_training_flags(p)
