@@ -96,6 +96,7 @@ def test_logits_of_a_trained_net(trained, variant):
 @pytest.mark.parametrize("method", ["transkd-base", "cwd"])
 def test_naive_and_lean_compute_the_same_step(method):
     """Loss terms and gradients of the student: else their times could not be compared."""
+    torch.manual_seed(0)
     images = torch.randn(2, 3, 64, 64)
     labels = torch.randint(0, 3, (2, 64, 64), dtype=torch.uint8)
     results = []
@@ -107,7 +108,7 @@ def test_naive_and_lean_compute_the_same_step(method):
         grads = torch.cat([p.grad.flatten() for p in learner.parameters()])
         results.append((torch.stack(list(terms.values())).detach(), grads))
     for terms, grads in results[1:]:
-        assert torch.allclose(terms, results[0][0], rtol=1e-5)
+        assert torch.allclose(terms, results[0][0], rtol=5e-5)  # cwd's small terms: 1e-5
         assert (grads - results[0][1]).norm() < 1e-4 * grads.norm()
 
 
