@@ -403,6 +403,7 @@ def test_a_download_is_kept_unless_it_is_damaged(tmp_path, hub):
 
 
 def test_no_network_says_what_to_do_by_hand(tmp_path):
+    pytest.importorskip("huggingface_hub")
     done = fetch(tmp_path / "home", 9)  # nobody listens there
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "no file or folder here, and on the hub, somebody/some-model: no con" in done.stderr
