@@ -71,11 +71,6 @@ def loader(args, batch_size, workers):
     return loop.load(batches, range(10**6), workers, torch.device(args.device))
 
 
-def written_out(q, k, v):
-    """model.attend in three operations. (torch's SDPBackend.MATH has more and is even slower.)"""
-    return ((q * q.shape[3] ** -0.5) @ k.mT).softmax(dim=3) @ v
-
-
 def build_step(args, spec, lean=False, channels_last=False, compile=False):
     """(learner, the teacher's forward pass) of a training step, on the device."""
     torch.manual_seed(0)
@@ -88,7 +83,7 @@ def build_step(args, spec, lean=False, channels_last=False, compile=False):
     else:
         run_teacher = teacher  # called directly: with autograd graph and head
         for net in (teacher, student):
-            net.forward = mock.patch.object(model, "attend", written_out)(net.forward)
+            net.forward = mock.patch.object(model, "attend", model.written_out)(net.forward)
         for module in (*teacher.modules(), *student.modules()):
             if isinstance(module, model.SegFormerHead):
                 module.merged = False

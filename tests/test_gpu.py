@@ -76,8 +76,10 @@ def autocast(dtype):
     """torch.autocast, which refuses a GPU that is not there."""
     torch.set_autocast_enabled("cuda", dtype is not None)
     torch.set_autocast_dtype("cuda", dtype or torch.bfloat16)
-    yield
-    torch.set_autocast_enabled("cuda", False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 def check(terms):
