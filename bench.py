@@ -71,7 +71,7 @@ def loader(args, batch_size, workers):
     return loop.load(batches, range(10**6), workers, torch.device(args.device))
 
 
-def build_step(args, spec, lean=False, channels_last=False, compile=False):
+def build_step(args, spec, lean=False, channels_last=False, dtype="float32", compile=False):
     """(learner, the teacher's forward pass) of a training step, on the device."""
     torch.manual_seed(0)
     teacher = model.build(args.teacher, args.num_classes).eval()
@@ -79,7 +79,8 @@ def build_step(args, spec, lean=False, channels_last=False, compile=False):
     method = methods.build(spec, student, teacher)
     learner = Learner(student, method).train()
     if lean:
-        run_teacher = Teacher(teacher, FACTS, FACTS["mean"], FACTS["std"], method.needs_head)
+        mean, std = FACTS["mean"], FACTS["std"]
+        run_teacher = Teacher(teacher, FACTS, mean, std, method.needs_head, dtype)
     else:
         run_teacher = teacher  # called directly: with autograd graph and head
         for net in (teacher, student):
@@ -87,7 +88,7 @@ def build_step(args, spec, lean=False, channels_last=False, compile=False):
         for module in (*teacher.modules(), *student.modules()):
             if isinstance(module, model.SegFormerHead):
                 module.merged = False
-    for module in (learner, teacher):
+    for module in (learner, run_teacher):
         module.to(args.device)
         if channels_last:
             module.to(memory_format=torch.channels_last)
@@ -102,7 +103,7 @@ def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
     options = dict(VARIANTS[variant])
     if options.pop("keep", False):
         parallel.keep_memory()
-    dtype = options.pop("dtype", "float32")
+    dtype = options.get("dtype", "float32")
     before = memory(args.device, "now")
     learner, run_teacher = build_step(args, spec, **options)
     wrapped = wrap(learner)

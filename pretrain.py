@@ -264,7 +264,9 @@ def train_classifier(run, net, teacher, train, val):
     learner = Learner(net, method, ce if args.ce_weight else None)
     mean, std = model.IMAGENET_MEAN, model.IMAGENET_STD
     facts = dict(mean=mean, std=std, void=None)
-    frozen = Teacher(teacher, facts, mean, std, method.needs_head) if teacher else None
+    frozen = None
+    if teacher:
+        frozen = Teacher(teacher, facts, mean, std, method.needs_head, args.dtype)
     parts = loop.trained_parts(run, learner, frozen, args.lr)
     crops = photos.Crops(args.size, tuple(args.area), args.colour, args.mixup, args.cutmix)
     part_size = args.batch_size // args.accumulate

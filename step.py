@@ -3,6 +3,7 @@ The parts of a training step: student and loss terms, frozen teacher, learning r
 `loop.run_steps` puts them together, `bench.py` times them.
 """
 
+import copy
 import math
 
 import torch
@@ -51,11 +52,18 @@ class Teacher(nn.Module):
     """A frozen net, run on the student's images: no autograd graph, no head unless needed.
 
     facts: the net's own; mean, std: those with which the images were normalised, the student's.
+    dtype: for bfloat16 a copy of the net is made that holds and computes everything in it, where
+    autocast would keep its residual stream in float32 and convert at every layer.
     """
 
-    def __init__(self, net, facts, mean, std, needs_head=False):
+    def __init__(self, net, facts, mean, std, needs_head=False, dtype="float32"):
         super().__init__()
-        self.net, self.void, self.needs_head = net, facts["void"], needs_head
+        self.low = dtype == "bfloat16"
+        self.net = copy.deepcopy(net).bfloat16() if self.low else net
+        for m in self.net.modules() if self.low else ():
+            if isinstance(m, nn.BatchNorm2d):
+                m.float()  # its variances are many powers of ten apart
+        self.void, self.needs_head = facts["void"], needs_head
         own = facts["mean"], facts["std"]
         back = [-m / s for m, s in zip(mean, std)], [1 / s for s in std]  # to [0, 1]
         self.renormalise = [] if (mean, std) == own else [back, own]
@@ -64,7 +72,11 @@ class Teacher(nn.Module):
     def forward(self, images):
         for mean_std in self.renormalise:
             images = augment.normalise(images, *mean_std)
-        out = self.net(images, head=self.needs_head)
+        if self.low:
+            with torch.autocast(images.device.type, enabled=False):
+                out = self.net(images.bfloat16(), head=self.needs_head)
+        else:
+            out = self.net(images, head=self.needs_head)
         if self.needs_head and self.void is not None:  # an output that is no class
             out = out._replace(logits=out.logits[:, : self.void])
         return out

@@ -145,7 +145,8 @@ def dataset_jobs(plan, args, dataset, data_dir, inits):
     jobs = [teacher]
     for group in ROWS:
         for seed in range(plan["seeds"][group]):
-            for row, flags in ROWS[group].items():
+            for row in plan.get("rows", ROWS).get(group, ()):
+                flags = ROWS[group][row]
                 needs = ours["student_init"] if "{student_init}" in flags else []
                 flags = f"{sizes['student']} {flags}".format(**sizes, **inits)
                 if "--method none" not in flags:
@@ -173,8 +174,8 @@ def paper_job(args, data_dir, job):
 def where(args, data_dir, folder=None):
     """The flags that say where things are, not what is computed."""
     flags = dict(data_dir=data_dir, cache_dir=args.cache_dir, device=args.device)
-    flags |= dict(out_dir=folder and str(folder))
-    words = [w for k, v in flags.items() if v for w in (files.as_flag(k), v)]
+    flags |= dict(out_dir=str(folder), workers=args.workers) if folder else {}
+    words = [w for k, v in flags.items() if v is not None for w in (files.as_flag(k), str(v))]
     return [*words, "--resume"] if folder else words
 
 
@@ -275,6 +276,9 @@ def get_args(argv=None):
     p.add_argument("--no-runs", action="store_true", help="only write the tables of finished runs")
     p.add_argument("--cache-dir", help="where images are decoded to (.cache beside the data)")
     p.add_argument("--device", help="as in train.py")
+    p.add_argument(
+        "--workers", type=int, help="of each run, as in train.py; with many --jobs 1 or 2 will do"
+    )
     return p.parse_args(argv)
 
 

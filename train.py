@@ -247,7 +247,9 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
     ce = functools.partial(distill.cross_entropy, class_weights=weights)
     learner = Learner(net, method, ce)
     mean, std = run.facts["mean"], run.facts["std"]
-    frozen = Teacher(*teacher, mean, std, method.needs_head) if method.needs_teacher else None
+    frozen = None
+    if method.needs_teacher:
+        frozen = Teacher(*teacher, mean, std, method.needs_head, args.dtype)
     parts = loop.trained_parts(run, learner, frozen, lr, decay_everything=paper)
     if args.ema:
         average = get_ema_multi_avg_fn(args.ema)

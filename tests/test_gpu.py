@@ -106,9 +106,10 @@ def test_a_step_lies_on_the_gpu_in_float32_terms_and_waits_for_nothing(spec, dty
         weights = torch.rand(5, device=GPU)
     ce = functools.partial(distill.cross_entropy, class_weights=weights)
     learner = Learner(student, methods.build(spec, student, teacher), ce).train()
-    teacher, learner = to_gpu(mode, teacher.eval(), learner)
     facts = dict(mean=[0.0] * 3, std=[1.0] * 3, void=5)  # another normalisation, an output too many
-    look = Teacher(teacher, facts, *MINE, learner.method.needs_head)
+    name = str(dtype or torch.float32).removeprefix("torch.")
+    look = Teacher(teacher.eval(), facts, *MINE, learner.method.needs_head, name)
+    look, learner = to_gpu(mode, look, learner)
     with mode, Waits() as waits, autocast(dtype):
         inside = dict(y_inside=torch.ones(4, 64).bool(), x_inside=torch.ones(4, 96).bool())
         batch = host_batch() | inside | dict(label=torch.zeros(4, 64, 96, dtype=torch.uint8))
@@ -127,10 +128,9 @@ def test_likewise_between_classifiers(nets, method):
     ce = functools.partial(pretrain.cross_entropy, weight=1.0, smoothing=0.1)
     learner = Learner(student, pretrain.method_of(args, student, teacher), ce)
     mode = FakeTensorMode()
-    teacher, learner = to_gpu(mode, teacher.eval(), learner.train())
-    look = Teacher(
-        teacher, dict(mean=MINE[0], std=MINE[1], void=None), *MINE, learner.method.needs_head
-    )
+    facts = dict(mean=MINE[0], std=MINE[1], void=None)
+    look = Teacher(teacher.eval(), facts, *MINE, learner.method.needs_head, "bfloat16")
+    look, learner = to_gpu(mode, look, learner.train())
     with mode, Waits() as waits, autocast(torch.bfloat16):
         mix = dict(box=torch.zeros(4, 4).long(), share=torch.ones(4))
         batch = host_batch(4, 32, 32) | mix | dict(label=torch.zeros(4).long())
