@@ -181,26 +181,29 @@ Each data set has its own plan and hardware, those of its last run: compare with
 """
 
 
-def title_of(dataset, groups):
-    return f"classifiers: {dataset}" if "photos" in groups else dataset
+def title_of(dataset, groups, plan):
+    if "photos" in groups:
+        return f"classifiers: {dataset}"
+    return "{}: {student} from {teacher}".format(dataset, **plan)
 
 
 def section(dataset, groups, plan, jobs, path):
     """Lines on a data set or a pair of classifiers; writes its plot beside the file `path`."""
     places = sorted({run["where"] for run in all_runs(groups)})
-    lines = [f"## {title_of(dataset, groups)}", "", plan["note"], ""]
+    lines = [f"## {title_of(dataset, groups, plan)}", "", plan["note"], ""]
     lines += [f"Ran on: {'; '.join(places)}.", ""]
     nets = [dataset.split()[-1]] if "photos" in groups else [plan["teacher"], plan["student"]]
     lines += encoders(jobs, nets)
     if "photos" in groups:
         lines += [*classifier_table(dataset, groups["photos"], jobs), ""]
     else:
-        lines += student_tables(dataset, groups, path)
+        picture = path.with_name(f"{path.stem}-{dataset}-{plan['student']}.png")
+        lines += student_tables(dataset, groups, picture)
     return [*lines, "### Commands", "", *commands(groups), ""]
 
 
-def student_tables(dataset, groups, path):
-    """Lines on the students of a data set; writes its plot beside the file `path`."""
+def student_tables(dataset, groups, picture):
+    """Lines on the students of a data set; writes the plot `picture` where times differ."""
     lines, main = [], groups.get("main", {})
     teacher, alone = groups.get("teacher", {}).get("teacher"), main.get("alone")
     starts = {main[row][0]["steps"]: main[row] for row in LENGTHS["alone"] if row in main}
@@ -211,8 +214,9 @@ def student_tables(dataset, groups, path):
             rows = dict(teacher=teacher) if teacher else {}
         rows |= groups[group]
         lines += [f"### {TITLES[group]}", "", *student_table(rows, starts, teacher), ""]
-    if teacher and main and files.installed("matplotlib"):
-        picture = path.with_name(f"{path.stem}-{dataset}.png")
+    longer = any(row in main for lengths in LENGTHS.values() for row in lengths[1:])
+    scored = any(len(curve(main[row])[0]) > 1 for row in CURVES if row in main)
+    if teacher and (longer or scored) and files.installed("matplotlib"):
         plot(picture, dataset, main, teacher)
         lines += [f"![mIoU against training time]({picture.name})", "", PICTURE, ""]
     return lines
@@ -236,6 +240,6 @@ def write(path, plan, jobs):
     path = Path(path)
     sections = written(path)
     for dataset, groups in collect(jobs).items():
-        sections[title_of(dataset, groups)] = section(dataset, groups, plan, jobs, path)
+        sections[title_of(dataset, groups, plan)] = section(dataset, groups, plan, jobs, path)
     lines = [INTRODUCTION, *(line for part in sections.values() for line in part)]
     files.write_text(path, "\n".join(lines))

@@ -126,6 +126,28 @@ def test_a_teachers_void_is_cut_off():
     assert torch.equal(Teacher(net, facts, facts["mean"], facts["std"], True)(images).logits, want)
 
 
+@pytest.mark.parametrize("name", ["nano", "fcn_resnet50"])
+def test_a_bfloat16_teacher_is_a_copy_that_keeps_no_float32_but_in_batch_norms(name):
+    torch.manual_seed(0)
+    net, (mean, std) = model.build(name, 4).eval(), ([0.0] * 3, [1.0] * 3)
+    facts, images = dict(mean=mean, std=std, void=None), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        want = net(images)
+    look = Teacher(net, facts, mean, std, True, "bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = look(images)
+    for part in ("features", "embeddings"):
+        for x, y in zip(getattr(out, part), getattr(want, part)):
+            assert x.dtype == torch.bfloat16 and y.dtype == torch.float32
+            assert 0 < (x - y).norm() < 0.02 * y.norm()
+    assert 0 < (out.logits - want.logits).norm() < 0.02 * want.logits.norm()
+    norms = [m for m in look.net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and all(m.running_var.dtype == m.weight.dtype == torch.float32 for m in norms)
+    low = [p for p in look.parameters() if p.dtype == torch.bfloat16]
+    assert len(low) + 2 * len(norms) == len([*net.parameters()])
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
 def a_log(folder, accumulate=1, batch_size=8):
     args = Namespace(accumulate=accumulate, log_every=0)
     run_ = loop.Run(args=args, out=folder, device=torch.device("cpu"))

@@ -323,7 +323,7 @@ def test_sections_of_other_data_sets_stay(tmp_path):
         results.write(path, dict(note=note, **NETS), jobs)
         results.write(path, dict(note=note, **NETS), jobs)
     text = path.read_text()
-    assert list(results.written(path)) == ["camvid", "nyuv2"]
+    assert list(results.written(path)) == ["camvid: nano from b0", "nyuv2: nano from b0"]
     assert text.startswith(results.INTRODUCTION) and text.count("# Results\n") == 1
     results.write(path, dict(note="Third.", **NETS), jobs)
     assert path.read_text() == text.replace("Second.", "Third.") != text
@@ -340,8 +340,16 @@ def test_curve_of_several_seeds(tmp_path):
     assert minutes == pytest.approx([1, 2]) and shares == pytest.approx([25, 50])
     pytest.importorskip("matplotlib")
     results.write(tmp_path / "r.md", dict(note="", **NETS), jobs)
-    assert "![mIoU against training time](r-camvid.png)" in (tmp_path / "r.md").read_text()
-    assert catalog.read_image(tmp_path / "r-camvid.png").std() > 10
+    assert "![mIoU against training time](r-camvid-nano.png)" in (tmp_path / "r.md").read_text()
+    assert catalog.read_image(tmp_path / "r-camvid-nano.png").std() > 10
+
+
+def test_no_plot_of_one_time(tmp_path):
+    """Where all trainings have one length and were scored at their end, there is nothing to see."""
+    runs = {("teacher", "teacher"): [dict(miou=0.6)], ("main", "alone"): [dict(miou=0.5)]}
+    results.write(tmp_path / "r.md", dict(note="", **NETS), jobs_of(tmp_path, runs))
+    assert "![" not in (tmp_path / "r.md").read_text()
+    assert not (tmp_path / "r-camvid-nano.png").exists()
 
 
 def test_tables_of_classifiers(place, monkeypatch):
