@@ -496,8 +496,8 @@ def main(args):
     print(f"TFLOP/s of a large matrix product: {shown}")
     for section in args.only:
         tree[section] = SECTIONS[section](args, peaks)
-    if args.json:
-        files.write_text(args.json, json.dumps(tree, indent=1) + "\n")
+        if args.json:  # now, for the next section may be interrupted
+            files.write_text(args.json, json.dumps(tree, indent=1) + "\n")
     if args.plot:
         plot(tree["inference"], args.plot)
 

@@ -255,6 +255,17 @@ def test_everything(monkeypatch, tmp_path, capsys):
     assert "naive" in said and "as one run" in said and (tmp_path / "b.png").stat().st_size > 5000
 
 
+def test_what_was_measured_outlasts_an_interruption(monkeypatch, tmp_path):
+    def interrupted(args, peaks):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench.SECTIONS, "methods", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command(monkeypatch, "--only", "data", "methods", "--json", str(tmp_path / "b.json"))
+    tree = json.loads((tmp_path / "b.json").read_text())
+    assert tree["data"]["host_img_s"] > 0 and "methods" not in tree
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_only_where_it_is_no_emulation_unless_asked_for(monkeypatch, native, capsys):
     monkeypatch.setattr(parallel, "has_native", lambda *_: native)

@@ -231,6 +231,15 @@ def test_a_run_that_fails_is_told_and_what_waits_for_it_does_not_begin(place, ca
     assert "## folder" not in (place / "docs/results.md").read_text()
 
 
+def test_workers_are_those_of_every_training(place):
+    """Not of the scoring, which has none; and not of the published command."""
+    jobs = suite.plan_jobs(get_args(place, "--workers", "0"))
+    for job in jobs:
+        assert job.own.count("--workers") == (job.script != "eval")
+        assert "--workers" not in job.argv
+    assert not any("--workers" in job.own for job in suite.plan_jobs(get_args(place)))
+
+
 def test_list(place, capsys):
     suite.main(get_args(place, "--list"))
     lines = capsys.readouterr().out.splitlines()
