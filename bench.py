@@ -149,6 +149,15 @@ def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
     )
 
 
+def time_alone(args, spec, name, variant):
+    """`time_step` in a process of its own; None, and a line that begins `name`, without memory."""
+    try:
+        return in_processes(time_step, (args, spec, variant, args.batch_size))[0]
+    except torch.OutOfMemoryError:
+        print(f"{name:14s}out of memory: --batch-size {args.batch_size} is too large", flush=True)
+        return None
+
+
 def step_flops(args):
     """FLOPs per image of (the teacher's forward pass, the whole step): 2 per multiply-accumulate.
 
@@ -181,7 +190,9 @@ def bench_step(args, peaks):
     teacher_flops, whole = step_flops(args)
     rows = []
     for variant in args.variants:
-        (r,) = in_processes(time_step, (args, args.method, variant, args.batch_size))
+        r = time_alone(args, args.method, variant, variant)
+        if r is None:
+            continue
         peak = peaks[VARIANTS[variant].get("dtype", "float32")]
         r["utilisation"] = whole * r["img_s"] / peak
         r["teacher_utilisation"] = teacher_flops * args.batch_size / r["parts"]["teacher"] / peak
@@ -352,9 +363,11 @@ def bench_methods(args, peaks):
     print(f"{'':14s}{'ms':>7s}{'of none':>9s}{'GB':>7s}")
     rows = {}
     for name in methods.METHODS:
-        (r,) = in_processes(time_step, (args, name, variant, args.batch_size))
+        r = time_alone(args, name, name, variant)
+        if r is None:
+            continue
         rows[name] = r
-        ratio = r["seconds"] / rows["none"]["seconds"]
+        ratio = r["seconds"] / rows.get("none", r)["seconds"]
         print(f"{name:14s}{1000 * r['seconds']:7.0f}{ratio:8.2f}x{gigabytes(r)}", flush=True)
     return rows
 

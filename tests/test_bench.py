@@ -255,6 +255,24 @@ def test_everything(monkeypatch, tmp_path, capsys):
     assert "naive" in said and "as one run" in said and (tmp_path / "b.png").stat().st_size > 5000
 
 
+def test_what_does_not_fit_into_memory_is_told_and_left_out(monkeypatch, capsys):
+    real = bench.in_processes
+
+    def full(work, call):
+        if call[2] == "naive" or call[1] == "kd":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(work, call)
+
+    monkeypatch.setattr(bench, "in_processes", full)
+    monkeypatch.setattr(methods, "METHODS", {k: methods.METHODS[k] for k in ("none", "kd")})
+    words = ["--only", "step", "methods", "--method", "none", "--variants", "naive", "float32"]
+    command(monkeypatch, *words)
+    lines = capsys.readouterr().out.splitlines()
+    told = [line.split()[0] for line in lines if "out of memory: --batch-size" in line]
+    assert told == ["naive", "kd"]
+    assert any(line.startswith("float32") and "1.00x" in line for line in lines)
+
+
 def test_what_was_measured_outlasts_an_interruption(monkeypatch, tmp_path):
     def interrupted(args, peaks):
         raise KeyboardInterrupt
