@@ -20,9 +20,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 import classifiers
 import files
 import loop
+import parallel
 import results
 from files import UserError
 from plans import CLASSIFIERS, CURVES, GROUPS, PAPER_TOO, PLAIN, PLANS, ROWS, numbers
@@ -277,7 +280,7 @@ def get_args(argv=None):
     p.add_argument("--cache-dir", help="where images are decoded to (.cache beside the data)")
     p.add_argument("--device", help="as in train.py")
     p.add_argument(
-        "--workers", type=int, help="of each run, as in train.py; with many --jobs 1 or 2 will do"
+        "--workers", type=int, help="of each run, as in train.py (with a GPU they share the cores)"
     )
     return p.parse_args(argv)
 
@@ -301,6 +304,8 @@ def check(args):
                 raise UserError(f"{folder}: no such folder")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: at least 1")
+    if args.workers is None and torch.cuda.is_available():
+        args.workers = max(1, parallel.spare_cores() // args.jobs)
     args.out_dir = args.out_dir or f"out/suite-{args.plan}"
     args.results = args.results or f"{args.out_dir}/results.md"
 

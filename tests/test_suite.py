@@ -17,6 +17,7 @@ import catalog
 import eval as evaluation
 import methods
 import model
+import parallel
 import plans
 import pretrain
 import results
@@ -231,13 +232,17 @@ def test_a_run_that_fails_is_told_and_what_waits_for_it_does_not_begin(place, ca
     assert "## folder" not in (place / "docs/results.md").read_text()
 
 
-def test_workers_are_those_of_every_training(place):
+def test_workers_are_those_of_every_training(place, monkeypatch):
     """Not of the scoring, which has none; and not of the published command."""
     jobs = suite.plan_jobs(get_args(place, "--workers", "0"))
     for job in jobs:
         assert job.own.count("--workers") == (job.script != "eval")
         assert "--workers" not in job.argv
     assert not any("--workers" in job.own for job in suite.plan_jobs(get_args(place)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(parallel, "spare_cores", lambda: 14)
+    assert [get_args(place, "--jobs", str(n)).workers for n in (1, 4, 20)] == [14, 3, 1]
+    assert get_args(place, "--workers", "0").workers == 0
 
 
 def test_list(place, capsys):
