@@ -161,11 +161,12 @@ def test_an_interrupted_training_goes_on(place, tmp_path, monkeypatch):
     assert len(steps) == 60
 
 
-@pytest.mark.parametrize("compiled", [[], ["--compile"]])
-def test_a_classifier_learns_from_another(tmp_path, compiled):
+@pytest.mark.parametrize("flags", ["", "--compile"])
+def test_a_classifier_learns_from_another(tmp_path, flags):
     photos = write_photos(tmp_path / "photos", train=16)
     argv = ["--data-dir", str(photos), "--size", "32", "--batch-size", "8", "--max-iters", "30"]
-    argv += ["--lr", "3e-3", "--model", "nano", "--device", str(GPU), "--mixup", "0.8", *compiled]
+    argv += ["--lr", "3e-3", "--model", "nano", "--device", str(GPU), "--mixup", "0.8"]
+    argv += flags.split()
     pretrain.main(pretrain.get_args([*argv, "--out-dir", str(tmp_path / "a")]))
     argv += ["--teacher", str(tmp_path / "a/encoder.pt"), "--method", "manifold+kd"]
     pretrain.main(pretrain.get_args([*argv, "--out-dir", str(tmp_path / "b")]))
