@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import os
+import platform
 import shutil
 import tarfile
 import time
@@ -220,6 +221,11 @@ def unpack(archive, folder, only=None):
 def extract(archive, folder):
     """Extract all of it, into the folder only: zipfile repairs unsafe names and makes no links."""
     tar = tarfile.is_tarfile(archive)
+    if tar and not hasattr(tarfile, "data_filter"):
+        raise UserError(
+            f"{archive}: to unpack a tar safely takes Python 3.10.12, 3.11.4 or later, and this is "
+            f"{platform.python_version()}: use a later one, or unpack it by hand"
+        )
     with tarfile.open(archive) if tar else zipfile.ZipFile(archive) as box:
         members = box.getmembers() if tar else box.infolist()
         progress = Progress(f"unpack {archive.name}", len(members), TELL)

@@ -437,6 +437,15 @@ def test_damaged_archives_leave_nothing(tmp_path, kind):
     assert [p for p in names(tmp_path) if p != "out"] == ["x"]
 
 
+def test_unpack_with_a_python_that_does_not_know_safe_tars(tmp_path, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter")
+    archive = make_tar(tmp_path / "x.tar", GOOD)
+    with pytest.raises(UserError, match=r"takes Python 3.10.12, 3.11.4 or later, and this is 3\."):
+        downloads.unpack(archive, tmp_path / "out")
+    assert not names(tmp_path / "out")
+    downloads.unpack(make_zip(tmp_path / "x.zip", GOOD), tmp_path / "out")
+
+
 def test_unpack_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     archive = make_zip(tmp_path / "x.zip", GOOD)
     monkeypatch.setattr(zipfile.ZipFile, "extract", full)
