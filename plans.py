@@ -183,8 +183,9 @@ SHORT = FULL | dict(
     "Tiny-ImageNet at 64x64 in place of ImageNet, and few steps.",
     seeds=dict(main=3, labels=0, ablations=2, methods=0, photos=0),
     rows=dict(
-        main=["alone", "alone, pre-trained", *TRANSKD[:1], "CSF alone", "PEA alone"]
-        + ["alone, twice the steps", "alone, pre-trained, lower rate", *TRANSKD[1:]],
+        main=["alone", "alone, pre-trained", "transkd-base", "CSF alone", "PEA alone"]
+        + ["alone, twice the steps", "alone, pre-trained, lower rate"]
+        + ["transkd-gl", "transkd-ea"],
         ablations=["weighted classes", "alone, weighted classes"],
     ),
     pretrain="--size 64 --batch-size 1024 --epochs 12 --lr 1e-3 --warmup 0.1 --area 0.3 1 "

@@ -177,7 +177,7 @@ the teacher. Means and standard deviations over seeds. What a command does not s
 all students; where data and results lie (`--data-dir`, `--out-dir`) is left out. Minutes are those
 of training by the clock, including whatever else the machine did.
 
-Each data set has its own plan and hardware, those of its last run: compare within a section only.
+Each section has its own plan and hardware, those of its last run: compare within one only.
 """
 
 
@@ -233,9 +233,9 @@ def written(path):
 
 
 def write(path, plan, jobs):
-    """Write the results of finished jobs as Markdown, with one plot per data set beside it.
+    """Write the results of finished jobs as Markdown, with plots beside it.
 
-    Sections of other data sets, written by other runs of the suite, are kept.
+    Sections of other data sets and pairs, written by other runs of the suite, are kept.
     """
     path = Path(path)
     sections = written(path)
