@@ -461,6 +461,21 @@ def map_label(raw, table, path):
     return label.astype(np.uint8)
 
 
+def resize_image(image, short_side):
+    """uint8 image (H, W, 3), its shorter side resized, to 32 at least; as it is if that is None."""
+    h, w = image.shape[:2]
+    if not short_side or short_side == min(h, w):
+        return image
+    s = short_side / min(h, w)
+    size = (max(32, int(w * s + 0.5)), max(32, int(h * s + 0.5)))
+    return np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+
+
+def resize_label(label, size):
+    """Label (H, W) -> (h, w) = size, each pixel the nearest one."""
+    return np.asarray(Image.fromarray(label).resize(size[::-1], Image.NEAREST))
+
+
 def read_pair(pair, table):
     """Image (H, W, 3) and train-id label (H, W) of one entry of Dataset.pairs."""
     if isinstance(pair, int):

@@ -23,7 +23,7 @@ import torch
 
 import doctor
 import prepare
-from catalog import DATASETS, in_parallel, read_image, read_pair
+from catalog import DATASETS, in_parallel, read_image, read_pair, resize_image, resize_label
 from distill import IGNORE, paper_weights
 from files import UserError, as_flag, cli, some
 from sources import SOURCES
@@ -54,19 +54,23 @@ class Packed:
 
 
 class Files:
-    """The files themselves, decoded at every use."""
+    """The files themselves, decoded at every use; resized to a shorter side if there is one."""
 
-    def __init__(self, pairs, table):
-        self.pairs, self.table = pairs, table
+    def __init__(self, pairs, table, short_side=None):
+        self.pairs, self.table, self.short_side = pairs, table, short_side
 
     def __len__(self):
         return len(self.pairs)
 
     def pair(self, i):
-        return read_pair(self.pairs[i], self.table)
+        image, label = read_pair(self.pairs[i], self.table)
+        if self.short_side:
+            image = resize_image(image, self.short_side)
+            label = resize_label(label, image.shape[:2])
+        return image, label
 
     def image(self, i):
-        return read_image(self.pairs[i][1])
+        return resize_image(read_image(self.pairs[i][1]), self.short_side)
 
     def label(self, i):
         return self.pair(i)[1]
@@ -129,19 +133,23 @@ def few_labels(split, n, others=()):
     return Selection(places, labelled=n)
 
 
-def open_split(dataset, split, data_dir=None, cache="on", cache_dir=None, cache_gb=None):
-    """A split's images and labels, decoded once into a cache unless that is off or too large."""
+def open_split(
+    dataset, split, data_dir=None, cache="on", cache_dir=None, cache_gb=None, short_side=None
+):
+    """A split's images and labels, decoded once into a cache unless that is off or too large.
+
+    short_side: if given, images and labels are resized to this shorter side.
+    """
     if split not in dataset.pairs:
         raise UserError(f"{dataset.name} has no split '{split}': choose {', '.join(dataset.pairs)}")
     pairs = dataset.pairs[split]
     if dataset.name == "scenes":
         return pack_scenes(pairs, dataset.table)
-    files = Files(pairs, dataset.table)
+    files = Files(pairs, dataset.table, short_side)
     if cache == "off":
         return files
-    folder = (
-        cache_folder(data_dir, cache_dir) / f"{dataset.name}-{split}-{cache_key(dataset, pairs)}"
-    )
+    key = cache_key(dataset, pairs, short_side)
+    folder = cache_folder(data_dir, cache_dir) / f"{dataset.name}-{split}-{key}"
     if not is_cached(folder, files, f"{dataset.name}/{split}", cache_gb):
         return files
     return open_packed(folder, len(files))
@@ -236,9 +244,9 @@ def cache_folder(data_dir, cache_dir):
     )
 
 
-def cache_key(dataset, pairs):
-    """A hash of the files' names, sizes and times and of the label table."""
-    facts = [dataset.table.tobytes().hex()]
+def cache_key(dataset, pairs, short_side=None):
+    """A hash of the files' names, sizes and times, of the label table and the shorter side."""
+    facts = [dataset.table.tobytes().hex(), *([short_side] if short_side else [])]
     for _, *paths in pairs:
         for path in filter(None, paths):
             stat = path.stat()

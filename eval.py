@@ -169,11 +169,7 @@ def groups(split, indices, batch_size):
 
 def prepare(image, facts, short_side=None):
     """uint8 image (H, W, 3) -> normalised float (1, 3, h, w), its shorter side resized if asked."""
-    h, w = image.shape[:2]
-    if short_side and short_side != min(h, w):
-        s = short_side / min(h, w)
-        size = (max(32, int(w * s + 0.5)), max(32, int(h * s + 0.5)))
-        image = np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
+    image = catalog.resize_image(image, short_side)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
     return normalise(x, facts["mean"], facts["std"])
 
@@ -214,7 +210,7 @@ def evaluate(
         x = torch.cat([prepare(image, facts, short_side) for image in images])  # (B, 3, h, w)
         if protocol == "paper":
             quarter = tuple(-(-n // 4) for n in x.shape[2:])
-            labels = [nearest(label, quarter) for label in labels]
+            labels = [catalog.resize_label(label, quarter) for label in labels]
         y = torch.from_numpy(np.stack(labels)).to(device)  # (B, H, W)
         with autocast(device, dtype):
             p = predict(net, x.to(device), y.shape[1:], **views).argmax(dim=1).to(torch.uint8)
@@ -236,10 +232,6 @@ def evaluate(
         each = {name: scores(part[:K], part[K:], n) for name, part in zip(names, counts)}
         metrics["parts"] = {k: v | dict(images=parts.count(k)) for k, v in each.items()}
     return metrics | dict(classes=list(facts["classes"]), images=len(split), protocol=protocol)
-
-
-def nearest(label, size):
-    return np.asarray(Image.fromarray(label).resize(size[::-1], Image.NEAREST))
 
 
 # ------------------------------------------------------------------------------------------------

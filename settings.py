@@ -23,6 +23,7 @@ COMMON = dict(
     alone=False,
     max_iters=20_000,
     batch_size=16,
+    short_side=None,
     crop_size=[480],
     scale=[0.5, 2.0],
     colour=1.0,
@@ -44,20 +45,21 @@ DEFAULTS = dict.fromkeys(catalog.DATASETS, COMMON) | {
     "camvid": COMMON | dict(crop_size=[352, 480]),
     "cityscapes": COMMON | STREET,
     "acdc": COMMON | STREET,
-    "ade20k": COMMON | dict(max_iters=80_000),
-    "cocostuff164k": COMMON | dict(max_iters=80_000),
+    "ade20k": COMMON | dict(max_iters=80_000, short_side=512),
+    "cocostuff164k": COMMON | dict(max_iters=80_000, short_side=512),
+    "cocostuff10k": COMMON | dict(short_side=512),
 }
 # TransKD as released. Beyond these flags: whole images, resized to a shorter side of 512, flipped
 # and shifted by up to 2 pixels; weight decay on everything; lr * (1 - epoch / 1500), 1000 epochs.
 PAPER = dict(batch_size=2, teacher_batch_size=8, lr=6e-5, warmup=0.0, clip=0.0, colour=0.0)
 PAPER |= dict(class_weights="paper", csf_norm="batch", protocol="paper", dtype="float32")
-PAPER |= dict(label_stride=4, normalise="none")
+PAPER |= dict(label_stride=4, normalise="none", short_side=None)
 # where ImageNet weights are, on the hub or in torchvision
 IMAGENET = {f"b{n}": f"nvidia/mit-b{n}" for n in range(6)} | cnn.MODELS
 IMAGENET |= {f"pvt_v2_b{n}": f"OpenGVLab/pvt_v2_b{n}" for n in range(6)}
 FINE_TUNING_LR = 6e-5  # low, so that pre-trained weights keep what they have learned
 PAPER_EPOCHS, PAPER_DECAY_EPOCHS = 1000, 1500
-PAPER_DECIDES = ("crop_size", "scale", "warmup")
+PAPER_DECIDES = ("short_side", "crop_size", "scale", "warmup")
 OF_A_TEACHER = "teacher teacher_init teacher_lr teacher_iters teacher_batch_size".split()
 # smallest and largest value of the flags that are numbers
 LIMITS = dict.fromkeys(
@@ -67,7 +69,7 @@ LIMITS = dict.fromkeys(
 )
 LIMITS |= dict.fromkeys(
     """lr teacher_lr weight_decay clip colour seed eval_every workers save_every log_every
-    cache_gb""".split(),
+    cache_gb short_side""".split(),
     (0, 10**9),
 )
 LIMITS |= dict(warmup=(0, 1), ema=(0, 0.99999)) | methods.limits()
@@ -170,7 +172,14 @@ def add_training_flags(p):
         help="paper: rare classes count more in the cross-entropy, as in TransKD, up to 8 times; "
         "none: all pixels alike, as most methods were published",
     )
-    # augmentation
+    # images
+    p.add_argument(
+        "--short-side",
+        type=int,
+        help="first resize all images to this shorter side, and in scoring those of val, but not "
+        "their labels; for photos far larger than crops (default: 512 of ADE20K and COCO-Stuff, "
+        "as published; 0: as they are)",
+    )
     p.add_argument("--crop-size", type=int, nargs="+", help="height and width, or one for both")
     p.add_argument(
         "--scale", type=float, nargs=2, help="range of the random resize before the crop"
@@ -251,6 +260,8 @@ def resolve(args):
         raise UserError(f"--crop-size {args.crop_size}: one or two numbers, at least 32 each")
     if args.batch_size == args.accumulate and max(args.crop_size) < 64:
         raise UserError("one image at a time needs a --crop-size of 64, for its batch norms")
+    if args.short_side and args.short_side < 32:
+        raise UserError(f"--short-side {args.short_side}: at least 32, or 0 to leave images alone")
     if not 0 < args.scale[0] <= args.scale[1]:
         raise UserError(f"--scale {args.scale}: two positive numbers, the smaller first")
     if args.unlabelled in ("train", "val"):
@@ -277,7 +288,8 @@ def check_idle(args):
     elif args.teacher_ckpt:
         idle += [(name, "--teacher-ckpt") for name in OF_A_TEACHER]
     if args.dataset == "scenes":
-        idle += [(name, "the drawn scenes") for name in ("data_dir", "cache_dir", "cache_gb")]
+        of_files = ("data_dir", "cache_dir", "cache_gb", "short_side")
+        idle += [(name, "the drawn scenes") for name in of_files]
     for name, beside in idle:
         value = getattr(args, name)
         if value is not None and value is not False:

@@ -75,8 +75,9 @@ def open_run(args):
     dataset = catalog.open_dataset(args.dataset, args.data_dir)
     cache = (args.data_dir, args.cache, args.cache_dir, args.cache_gb)
     names = ["train", "val", *filter(None, [args.unlabelled])]
+    sides = dict.fromkeys(names, args.short_side) | dict(val=None)  # its labels stay as they are
     train, val, *unlabelled = parallel.first_then_others(
-        lambda: [data.open_split(dataset, name, *cache) for name in names]
+        lambda: [data.open_split(dataset, name, *cache, sides[name]) for name in names]
     )
     if args.workers is None:
         busy = common["device"].type == "cuda" or isinstance(train, data.Files)
@@ -98,7 +99,7 @@ def open_run(args):
         mean=list(model.IMAGENET_MEAN) if whiten else [0.0] * 3,
         std=list(model.IMAGENET_STD) if whiten else [1.0] * 3,
         short_side=data.short_side(train),  # of the images it was trained on
-        resize=None,  # to this shorter side, for scoring
+        resize=args.short_side or None,  # to this shorter side, for scoring
         void=None,  # the output that is no class
         dtype=args.dtype,
     )

@@ -146,6 +146,25 @@ def test_cache_holds_what_the_files_hold(folder, tmp_path):
     assert contents(elsewhere) == contents(files) and list((tmp_path / "c").iterdir())
 
 
+def test_a_shorter_side_in_cache_and_files(folder):
+    """Images as in scoring, labels by nearest; a cache of its own; images alone are the same."""
+    image, label = picture(77, 120, 91)
+    Image.fromarray(image).save(folder / "images" / "p1.png")
+    Image.fromarray(label).save(folder / "labels" / "p1.png")
+    dataset = catalog.open_dataset("folder", folder)
+    plain = data.open_split(dataset, "train", folder)
+    split = data.open_split(dataset, "train", folder, short_side=50)
+    assert len(list((folder / ".cache").iterdir())) == 2 and isinstance(split, data.Packed)
+    files = data.open_split(dataset, "train", folder, cache="off", short_side=50)
+    assert contents(split) == contents(files) != contents(plain)
+    assert [files.pair(i)[0].tobytes() for i in range(6)] == [i for i, _ in contents(split)]
+    assert split.image(1).shape == (66, 50, 3) and split.image(0).shape == (50, 60, 3)
+    whole = np.asarray(Image.fromarray(image).resize((50, 66), Image.BILINEAR))
+    assert np.array_equal(split.image(1), whole)
+    middles = [((np.arange(n) + 0.5) * m / n).astype(int) for n, m in ((66, 120), (50, 91))]
+    assert np.array_equal(split.label(1), label[np.ix_(*middles)])
+
+
 @pytest.mark.parametrize("name, size", [("index.npy", 0), ("images.bin", 100), ("labels.bin", 0)])
 def test_a_damaged_cache_is_named(folder, name, size):
     dataset = catalog.open_dataset("folder", folder)

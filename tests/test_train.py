@@ -331,6 +331,40 @@ def test_photos_without_labels(folder, tmp_path, capsys):
             run(folder, tmp_path / "d", *words_)
 
 
+def test_short_side_is_shrinking_by_hand(tmp_path, monkeypatch):
+    """As images and labels shrunk before; val is scored at the size of its labels."""
+    large, small = (write_folder(tmp_path / name, height=80, width=96) for name in ("a", "b"))
+    for stem in (small / "train.txt").read_text().split():
+        for kind, how in (("images", Image.BILINEAR), ("labels", Image.NEAREST)):
+            path = small / kind / f"{stem}.png"
+            Image.open(path).resize((48, 40), how).save(path)
+    metrics = run(large, tmp_path / "large", "--short-side", "40")
+    by_hand = run(small, tmp_path / "small", "--short-side", "0")
+    assert same(weights(tmp_path / "large"), weights(tmp_path / "small"))
+    assert metrics["miou"] != by_hand["miou"]  # that is scored without resizing
+    net, facts = model.load(tmp_path / "large/student.pt")
+    assert facts["short_side"] == facts["resize"] == 40
+    assert model.load(tmp_path / "small/student.pt")[1]["resize"] is None
+    sizes = []
+    net.register_forward_pre_hook(lambda net, x: sizes.append(tuple(x[0].shape[2:])))
+    val = data.open_split(catalog.open_dataset("folder", large), "val", cache="off")
+    again = evaluation.evaluate(net, val, facts)
+    assert sizes == [(40, 48)] and val.label(0).shape == (80, 96)
+    assert again["miou"] == metrics["miou"]
+
+
+def test_short_side_of_published_scores():
+    for dataset, more, side in (
+        ("ade20k", [], 512),
+        ("ade20k", ["--short-side", "0"], 0),
+        ("ade20k", ["--recipe", "paper"], None),
+        ("camvid", [], None),
+    ):
+        args = train.get_args(["--dataset", dataset, *more])
+        train.resolve(args)
+        assert args.short_side == side
+
+
 def test_stride_of_labels_and_images_as_they_are(folder, tmp_path):
     more = ["--label-stride", "4", "--normalise", "none"]
     args = train.get_args(words(folder, tmp_path / "out", *more))
@@ -565,6 +599,7 @@ MISTAKES = {
     "no such method": (["--method", "magic"], None, "unknown method 'magic': choose among none"),
     "no data dir": (["--data-dir", "/nowhere"], None, "--data-dir /nowhere: no such folder"),
     "small crop": (["--crop-size", "31"], None, "at least 32"),
+    "small side": (["--short-side", "31"], None, "--short-side 31: at least 32, or 0"),
     "no epochs": (["--max-iters", "0"], None, "--max-iters 0: must be 1 to"),
     "negative seed": (["--seed", "-1"], None, "--seed -1: must be 0 to"),
     "ema of 1": (["--ema", "1"], None, "--ema 1.0: must be 0 to 0.99999"),
