@@ -83,6 +83,7 @@ LENGTHS = {  # one method at several lengths, of which only some are rows
 # sizes and lengths
 
 LABELS = {"camvid": (37, 92), "nyuv2": (80, 199), "folder": (1, 2)}  # 10 and 25 % of the images
+LABELS |= {"scenes": (2, 5)}  # of the 20 that a student has
 
 
 def numbers(plan, dataset):
@@ -209,4 +210,26 @@ SHORT = FULL | dict(
         ),
     },
 )
-PLANS = dict(tiny=TINY, small=SMALL, reduced=REDUCED, short=SHORT, full=FULL)
+SCENES = dict(
+    note="The drawn scenes of `python train.py`, which need no data. The teacher learns from all "
+    "800, from scratch, the students from 20 of them, in float32.",
+    teacher="b0",
+    student="nano",
+    init="scratch",
+    seeds=dict(main=3, labels=0, ablations=2, methods=3, photos=0),
+    rows=ROWS | dict(main=[row for row in ROWS["main"] if "pre-trained" not in row]),
+    paper_too=[],  # it would enlarge them five times
+    pairs={},
+    train="--no-alone",
+    also=REDUCED["also"],
+    data={
+        "scenes": dict(
+            teacher="--student-images 800",
+            student="--max-iters {steps}",
+            steps=900,
+            every=0,
+            low=1e-3,
+        ),
+    },
+)
+PLANS = dict(scenes=SCENES, tiny=TINY, small=SMALL, reduced=REDUCED, short=SHORT, full=FULL)

@@ -1,6 +1,7 @@
 """
 Every run behind docs/results.md, by one command that can be stopped and run again.
 
+    python suite.py --plan scenes --jobs 2                       # drawn scenes, hours on two cores
     python suite.py --data camvid=D1 nyuv2=D2 --photos D3 --plan reduced --jobs 2
     python suite.py --data camvid=D1 --photos D3 --list          # the commands; +: done
 
@@ -77,12 +78,12 @@ def plan_jobs(args):
     plan, folders = PLANS[args.plan], dict(pair.split("=", 1) for pair in args.data)
     inits, jobs = {}, []
     for who in ("teacher", "student"):
-        encoder = encoder_job(plan, args, plan[who])
-        inits[f"{who}_init"] = getattr(args, f"{who}_init") or str(encoder.folder / "encoder.pt")
-        if not getattr(args, f"{who}_init"):
-            jobs.append(encoder)
+        inits[f"{who}_init"] = getattr(args, f"{who}_init")
+        if not inits[f"{who}_init"]:
+            jobs.append(encoder_job(plan, args, plan[who]))
+            inits[f"{who}_init"] = str(jobs[-1].folder / "encoder.pt")
     for dataset in plan["data"]:
-        jobs += dataset_jobs(plan, args, dataset, folders.get(dataset), inits)
+        jobs += dataset_jobs(plan, args, dataset, folders.get(dataset) or None, inits)
     for (teacher, student), flags in plan["pairs"].items():
         jobs += classifier_jobs(plan, args, teacher, student, flags)
     return [*{job.made: job for job in jobs}.values()]  # an encoder only once
@@ -162,21 +163,21 @@ def dataset_jobs(plan, args, dataset, data_dir, inits):
                 flags = f"--student {plan['student']} {flags} --seed {seed}"
                 argv, own = merged("train.py", shared, flags), where(args, data_dir, folder)
                 jobs.append(Job(argv, own, folder, row, needs))
-    return [each for job in jobs for each in (job, *paper_job(args, data_dir, job))]
+    twice = plan.get("paper_too", ["teacher", *PAPER_TOO])
+    papers = {job: [paper_job(args, data_dir, job)] for job in jobs if job.row[2] in twice}
+    return [each for job in jobs for each in (job, *papers.get(job, []))]
 
 
 def paper_job(args, data_dir, job):
-    """[the job that scores a net by the paper's protocol too], or [] if its row does without."""
-    if job.row[2] not in ["teacher", *PAPER_TOO]:
-        return []
+    """The job that scores a net by the paper's protocol too."""
     flags = f"--ckpt {job.folder / 'student.pt'} --dataset {job.row[0]} --protocol paper --json"
     own = where(args, data_dir)
-    return [Job(merged("eval.py", flags), own, job.folder, job.row, [job.made], "paper.json")]
+    return Job(merged("eval.py", flags), own, job.folder, job.row, [job.made], "paper.json")
 
 
 def where(args, data_dir, folder=None):
     """The flags that say where things are, not what is computed."""
-    flags = dict(data_dir=data_dir, cache_dir=args.cache_dir, device=args.device)
+    flags = dict(data_dir=data_dir, cache_dir=data_dir and args.cache_dir, device=args.device)
     flags |= dict(out_dir=str(folder), workers=args.workers) if folder else {}
     words = [w for k, v in flags.items() if v is not None for w in (files.as_flag(k), str(v))]
     return [*words, "--resume"] if folder else words
@@ -265,7 +266,13 @@ def get_args(argv=None):
         allow_abbrev=False,
     )
     p.add_argument("--plan", choices=PLANS, default="full", help="sizes and lengths, see plans.py")
-    p.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR", help="camvid=D nyuv2=D")
+    p.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="NAME=DIR",
+        help="camvid=D nyuv2=D; none for --plan scenes or --only photos",
+    )
     p.add_argument("--photos", help="photos to pre-train encoders on, see pretrain.py")
     p.add_argument(
         "--teacher-init", help="weights instead of pre-training: a file, a name on the hub"
@@ -287,13 +294,18 @@ def get_args(argv=None):
 
 def check(args):
     """UserError for what cannot be run, before hours are spent on the rest."""
-    for pair in args.data:
+    plan = PLANS[args.plan]
+    if args.plan == "scenes":
+        args.data = args.data or ["scenes="]
+    for pair in args.data or ["is missing"] * (args.only != ["photos"]):
         name, _, folder = pair.partition("=")
-        if name not in PLANS[args.plan]["data"] or not folder:
-            names = ", ".join(PLANS[args.plan]["data"])
+        if name not in plan["data"] or bool(folder) == (name == "scenes"):
+            names = ", ".join(plan["data"])
             raise UserError(f"--data {pair}: NAME=DIR, with NAME one of {names}")
+    args.teacher_init = args.teacher_init or plan.get("init")
+    args.student_init = args.student_init or plan.get("init")
     weights = args.teacher_init and args.student_init
-    if not args.photos and ("photos" in args.only or not weights):
+    if not args.photos and ("photos" in args.only and plan["pairs"] or not weights):
         raise UserError(
             "--photos is missing: the photos of classifiers, for --only photos, and of encoders "
             "from which nets start, unless --teacher-init and --student-init say from what"

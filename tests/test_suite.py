@@ -71,8 +71,10 @@ def test_every_command_of_every_plan_is_one(place, plan, monkeypatch):
     """Their flags are known, go together, and say what their row says."""
     monkeypatch.setattr(argparse.ArgumentParser, "error", lambda self, message: fail(message))
     datasets = suite.PLANS[plan]["data"]
-    args = get_args(place, plan="tiny")
-    args.plan, args.data = plan, [f"{name}=D" for name in datasets]
+    places = [f"{name}=D" for name in datasets if name != "scenes"]
+    argv = ["--plan", plan, "--photos", "P", "--list", "--cache-dir", "C"]
+    args = suite.get_args([*argv, *(["--data", *places] if places else [])])
+    suite.check(args)
     jobs = suite.plan_jobs(args)
     assert suite.wanted(jobs, args) == jobs
     assert len({job.made for job in jobs}) == len(jobs)
@@ -152,6 +154,8 @@ def test_later_flags_win():
 def test_data_that_no_plan_knows(place):
     with pytest.raises(UserError, match="--data cityscapes=D: NAME=DIR, with NAME one of camvid"):
         suite.check(suite.get_args(["--data", "cityscapes=D", "--photos", "P"]))
+    with pytest.raises(UserError, match="--data is missing: NAME=DIR, with NAME one of camvid"):
+        suite.check(suite.get_args(["--photos", "P"]))
     with pytest.raises(UserError, match="--photos is missing"):
         suite.check(suite.get_args(["--data", "camvid=D"]))
     weights = "--data camvid=D --teacher-init a --student-init b".split()
@@ -163,6 +167,24 @@ def test_data_that_no_plan_knows(place):
     suite.check(suite.get_args([*weights, "--list"]))
     with pytest.raises(UserError, match="P: no such folder"):
         get_args(place, "--photos", "P")
+
+
+def test_drawn_scenes_need_nothing(tmp_path, monkeypatch):
+    """No folder, no photos, no encoders; scored by one protocol."""
+    rows = dict(main=["alone", "transkd-base"])
+    data = dict(scenes=dict(teacher="--max-iters 2", student="--max-iters {steps}", steps=2))
+    data["scenes"] |= dict(every=0, low=1e-3)
+    plan = plans.SCENES | dict(teacher="nano", rows=rows, data=data)
+    monkeypatch.setattr(suite, "PLANS", dict(scenes=plan))
+    argv = ["--plan", "scenes", "--out-dir", str(tmp_path), "--jobs", "2"]
+    suite.main(suite.get_args([*argv, "--cache-dir", str(tmp_path / "cache")]))
+    text = (tmp_path / "results.md").read_text()
+    assert "## scenes: nano from nano\n" in text and "### Few labels" not in text
+    assert "| alone | 3 | " in text and "| transkd-base | 3 | " in text
+    assert len(list(tmp_path.rglob("metrics.json"))) == 1 + 2 * 3
+    assert not list(tmp_path.rglob("paper.json")) and not (tmp_path / "cache").exists()
+    with pytest.raises(UserError, match="--data scenes=D: NAME=DIR, with NAME one of scenes"):
+        suite.check(suite.get_args([*argv, "--data", "scenes=D"]))
 
 
 def test_what_is_wanted_and_what_that_needs(place):
