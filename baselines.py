@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import c2vkd
+import manifold
+import tat
 from distill import conv_bn, cwd, hcl, matched, valid_mean
 from manifold import gram_difference
 from model import to_tokens
@@ -157,7 +160,9 @@ class KnowledgeReview(nn.Module):
         m_i = a_x * x_i + a_r * r                                     (ABF)
         term = sum_i hcl(BN(Conv3x3(m_i)), F_i^T)
 
-    TransKD's CSF is this with attention over channels, not positions, and a softmax.
+    TransKD's CSF is this with attention over channels, not positions, and a softmax. Four stages
+    and 64 channels are what TransKD's release compares with; the authors' image classifiers have a
+    fifth level, 1x1, and 256 or 512 channels.
     """
 
     needs_teacher, needs_head = True, False
@@ -404,7 +409,8 @@ class CIRKD(nn.Module):
         return terms
 
 
-METHODS = {
+METHODS = tat.METHODS | manifold.METHODS | c2vkd.METHODS  # with files of their own
+METHODS |= {
     "kd": PixelKD,
     "fitnet": FitNet,
     "at": AttentionTransfer,

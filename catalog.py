@@ -71,21 +71,26 @@ def label_table(ids, ignored=()):
     return table
 
 
+def folder_of(name, data_dir=None):
+    """Where a data set is: --data-dir, by default data/NAME. None of scenes, which are drawn."""
+    if name == "folder" and not data_dir:
+        raise UserError("--dataset folder needs --data-dir, the folder that holds it")
+    return data_dir or (None if name == "scenes" else f"data/{name}")
+
+
 def open_dataset(name, data_dir=None, **options):
     """A Dataset by its name in DATASETS. Raises UserError if its files are not as expected."""
     if name not in DATASETS:
         raise UserError(f"unknown dataset '{name}': choose one of {', '.join(DATASETS)}")
     if name == "scenes":
         return open_scenes()
-    if not data_dir:
-        raise UserError(f"--dataset {name} needs --data-dir, the folder that holds it")
-    root = Path(data_dir)
+    root = Path(folder_of(name, data_dir))
+    hint = f"; {how_to_get(name, root)}" if name in SOURCES else ""
     if not root.is_dir():
-        raise UserError(f"--data-dir {root}: no such folder")
+        raise UserError(f"--data-dir {root}: no such folder{hint}")
     try:
         dataset = DATASETS[name](root, **options)
     except Missing as e:
-        hint = f"; {how_to_get(name, root)}" if name in SOURCES else ""
         raise UserError(f"{e}{hint}") from e
     for split, pairs in dataset.pairs.items():
         if not pairs:

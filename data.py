@@ -336,7 +336,7 @@ def get_args(argv=None):
     sub = parser.add_subparsers(required=True, metavar="{check,scenes,download,nyuv2}")
     p = sub.add_parser("check", help="read every file of a data set and say what is wrong with it")
     p.add_argument("--dataset", default="folder", help=f"one of {', '.join(DATASETS)}")
-    p.add_argument("--data-dir", help="the folder that holds it")
+    p.add_argument("--data-dir", help="the folder that holds it (default: data/NAME)")
     p.set_defaults(run=doctor.check)
     p = sub.add_parser(
         "scenes", help="write the drawn street scenes as files, in the folder layout"

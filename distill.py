@@ -228,10 +228,11 @@ class CrossSelectiveFusion(nn.Module):
 class GLMixer(nn.Module):
     """Global-Local context Mixer, of TransKD-GL: tokens (B, N, C) -> (B, N, C).
 
-        E' = w_a * MHSA(E) + w_c * (Conv(E) * sigmoid(Conv(E)))      8 heads; Conv1d, 3 tokens wide
+        E' = w_global * MHSA(E) + w_local * (Conv(E) * sigmoid(Conv(E)))
 
-    w_a and w_c are learned and start at `init`: at 0.5, E' is the mean of the two. (The authors'
-    code leaves them uninitialised, so the values its results started from are unknown.)
+    8 heads; Conv1d, 3 tokens wide. Both weights are learned and start at `init`: at 0.5, E' is the
+    mean of the two. (The authors' code leaves them uninitialised, so the values its results started
+    from are unknown.)
     """
 
     def __init__(self, dim, heads=8, init=0.5, residual=False):
@@ -317,7 +318,7 @@ class TransKD(nn.Module):
 
     feature_loss: "hcl" or, in its place, "cwd"; "none" leaves CSF out (PEA alone).
     embed: "all" stages with weights ALPHA, one stage "1".."4" with weight 1, "none" (CSF alone).
-    feature_weight, embed_weight: factors on the two sums; 1 in the paper; 0 leaves a part out.
+    feature_weight, embed_weight: factors on the two sums; 1 as released; 0 leaves a part out.
 
     A CNN's maps are brought to the student's grids (`to_grid`); it has no patch embeddings
     (has_embeddings), so only CSF can learn from it.

@@ -132,7 +132,8 @@ def keep_counted(dataset, splits):
 
 def check(args):
     """python data.py check: sizes, histogram, mistakes; UserError if any is more than a guess."""
-    dataset, splits = open_for_check(args.dataset, args.data_dir), {}
+    folder = catalog.folder_of(args.dataset, args.data_dir)
+    dataset, splits = open_for_check(args.dataset, folder), {}
     for split, pairs in dataset.pairs.items():
         work = functools.partial(examine, dataset=dataset)
         splits[split] = list(in_parallel(work, pairs, f"check {split}"))
@@ -154,10 +155,10 @@ def check(args):
     for message in twice:
         print(message)
     if args.dataset != "scenes":
-        report_spare_files(Path(args.data_dir), dataset)
+        report_spare_files(Path(folder), dataset)
     problems = [*in_files, *in_values, *twice, *errors]
     if problems:
-        raise UserError(f"{len(problems)} problem(s) in {args.data_dir}; the first: {problems[0]}")
+        raise UserError(f"{len(problems)} problem(s) in {folder}; the first: {problems[0]}")
     print("no problem found")
 
 

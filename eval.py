@@ -450,7 +450,9 @@ def score(net, facts, args, views):
     """--dataset: the metrics of a split, and its predictions as files with --save-preds."""
     if not (args.dataset or facts["dataset"]):
         raise UserError(f"{args.ckpt} does not say what it was trained on: pass --dataset")
-    dataset = catalog.open_dataset(args.dataset or facts["dataset"], args.data_dir)
+    name = args.dataset or facts["dataset"]
+    folder = catalog.folder_of(name, args.data_dir)
+    dataset = catalog.open_dataset(name, folder)
     catalog.check_classes(args.ckpt, net, facts, dataset)
     facts = catalog.complete(facts, net.num_classes, dataset)
     save, pairs = None, dataset.pairs.get(args.split, ())
@@ -467,7 +469,7 @@ def score(net, facts, args, views):
             name = f"{pairs[i]:07d}" if dataset.name == "scenes" else pairs[i][1].stem
             save_image(Image.fromarray(values[ids]), Path(args.save_preds) / f"{name}.png")
 
-    split = data.open_split(dataset, args.split, args.data_dir, args.cache, args.cache_dir)
+    split = data.open_split(dataset, args.split, folder, args.cache, args.cache_dir)
     options = (args.device, args.dtype, args.protocol, args.batch_size)
     metrics = evaluate(net, split, facts, *options, dataset.parts_of(args.split), save, **views)
     if metrics["pixel_acc"] is None:

@@ -7,13 +7,10 @@ import inspect
 from torch import nn
 
 import baselines
-import c2vkd
 import distill
-import manifold
-import tat
 from files import UserError, as_flag
 
-METHODS = distill.METHODS | tat.METHODS | manifold.METHODS | c2vkd.METHODS | baselines.METHODS
+METHODS = distill.METHODS | baselines.METHODS
 PAPERS = {
     "none": "the student alone",
     "transkd-base": "TransKD: Liu et al., T-ITS 2024, arXiv 2202.13393",

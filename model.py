@@ -315,6 +315,8 @@ def save(path, net, **facts):
     facts: classes (names), palette (RGB triples), mean and std of the input, ... plain values only.
     """
     shape = dict(model=net.name, num_classes=net.num_classes, head_width=net.width)
+    if net.name in MODELS:
+        shape["heads"] = MODELS[net.name][1]  # which no tensor's shape shows
     save_tensors(
         path, dict(format=weights.FORMAT) | shape | facts | {"state_dict": net.state_dict()}
     )

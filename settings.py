@@ -87,7 +87,7 @@ def get_args(argv=None):
     yes_or_no = argparse.BooleanOptionalAction
     # what
     p.add_argument("--dataset", default="scenes", help=f"one of {', '.join(catalog.DATASETS)}")
-    p.add_argument("--data-dir", help="the folder that holds it (scenes are drawn, and need none)")
+    p.add_argument("--data-dir", help="the folder that holds it (default: data/NAME)")
     p.add_argument("--student", help=f"one of {', '.join(model.MODELS)}")
     p.add_argument(
         "--teacher",
@@ -238,6 +238,7 @@ def resolve(args):
         names = ", ".join(catalog.DATASETS)
         raise UserError(f"unknown dataset '{args.dataset}': choose one of {names}")
     check_idle(args)
+    args.data_dir = catalog.folder_of(args.dataset, args.data_dir)
     data.check_cache(args)
     defaults = dict(dtype=fast_dtype(args.device))
     defaults |= DEFAULTS[args.dataset] | (PAPER if args.recipe == "paper" else {})
@@ -247,7 +248,7 @@ def resolve(args):
         defaults = {k: v for k, v in defaults.items() if k not in OF_A_TEACHER}
     if args.recipe == "paper":
         defaults.pop("max_iters")  # counted in epochs: open_run knows how long one is
-    if "transkd" not in args.method or args.feature_loss == "none":
+    if "transkd" not in args.method or args.feature_loss == "none" or args.feature_weight == 0:
         defaults.pop("csf_norm", None)
     for name, value in defaults.items():
         if getattr(args, name) is None:

@@ -9,6 +9,9 @@ student's:
     q = norm(conv(s))    v = norm(conv(s))    k = norm(conv(t))      1x1, to the teacher's channels
     L(q, k, v, t) = mean of (softmax(q k^T) v - t)^2                 t itself, not its embedding
 
+The softmax runs over the teacher's positions, as in the released code; what the title says would
+need the student's (`--tat-axis student`, see TaT).
+
 The similarities q k^T have one row and one column per position: (H * W)^2 numbers. Two cheaper
 views of the same maps are used instead, one for detail, one for context:
 

@@ -270,9 +270,10 @@ def test_recipe_paper(folder, tmp_path):
     train.main(train.get_args([*where, *small, "--max-iters", "1"]))
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["student"]["protocol"] == "paper"
-    default = train.get_args([*small, "--method", "kd"])
-    train.resolve(default)
-    assert default.csf_norm is None  # not an option of kd
+    for more in (["--method", "kd"], ["--feature-weight", "0"], ["--feature-loss", "none"]):
+        default = train.get_args([*small, *more])
+        train.resolve(default)
+        assert default.csf_norm is None  # not an option of kd, nor of PEA alone
 
 
 def test_few_labels(folder, tmp_path, capsys):
@@ -351,6 +352,26 @@ def test_short_side_is_shrinking_by_hand(tmp_path, monkeypatch):
     again = evaluation.evaluate(net, val, facts)
     assert sizes == [(40, 48)] and val.label(0).shape == (80, 96)
     assert again["miou"] == metrics["miou"]
+
+
+def test_where_data_are_by_default(tmp_path, monkeypatch):
+    """In data/NAME, for training, scoring and the check; where that is not, the words for it."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "data/nyuv2", classes=40)
+    train.main(train.get_args(["--dataset", "nyuv2", "--method", "none", *SMALL]))
+    ckpt = ["--ckpt", "out/nyuv2-nano-none/student.pt"]
+    evaluation.main(evaluation.get_args(ckpt))
+    data.main(data.get_args(["check", "--dataset", "nyuv2"]))
+    how = "--data-dir data/camvid: no such folder; python data.py download camvid --data-dir data/"
+    for command_ in (
+        lambda: train.main(train.get_args(["--dataset", "camvid"])),
+        lambda: evaluation.main(evaluation.get_args([*ckpt, "--dataset", "camvid"])),
+        lambda: data.main(data.get_args(["check", "--dataset", "camvid"])),
+    ):
+        with pytest.raises(UserError, match=how):
+            command_()
+    with pytest.raises(UserError, match="--dataset folder needs --data-dir"):
+        train.main(train.get_args(["--dataset", "folder"]))
 
 
 def test_short_side_of_published_scores():
