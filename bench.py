@@ -98,7 +98,7 @@ def build_step(args, spec, lean=False, channels_last=False, dtype="float32", com
     return learner, method.needs_teacher and run_teacher
 
 
-def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
+def time_step(args, spec, variant, batch_size):
     """A step's cost: seconds, in total and by part, and memory in GB."""
     options = dict(VARIANTS[variant])
     if options.pop("keep", False):
@@ -106,7 +106,9 @@ def time_step(args, spec, variant, batch_size, wrap=lambda learner: learner):
     dtype = options.get("dtype", "float32")
     before = memory(args.device, "now")
     learner, run_teacher = build_step(args, spec, **options)
-    wrapped = wrap(learner)
+    if parallel.rank_and_world()[1] > 1:
+        learner = parallel.share_statistics(learner, args.device)
+    wrapped = parallel.wrap(learner, args.device)
     groups = parameter_groups(learner, 0.01)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, fused="lean" in options)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=False)
@@ -323,14 +325,8 @@ def time_rank(args, rank, world, port, batch_size):
     elif device.type == "cuda":
         device = torch.device("cuda", rank)
     args = argparse.Namespace(**vars(args) | dict(device=device))
-
-    def wrap(learner):
-        return (
-            parallel.wrap(parallel.share_statistics(learner, device), device) if port else learner
-        )
-
     variant = "bfloat16" if device.type == "cuda" else "channels_last"
-    seconds = time_step(args, args.method, variant, batch_size, wrap)["seconds"]
+    seconds = time_step(args, args.method, variant, batch_size)["seconds"]
     parallel.stop()
     return seconds
 
@@ -464,8 +460,7 @@ def check(args):
     device = parallel.get_device(args.device)
     native = parallel.has_native(device, "bfloat16")
     if args.variants is None:
-        slow = {"compile": device.type == "cpu", "dtype": not native}
-        slow = [option for option, is_slow in slow.items() if is_slow]
+        slow = ["compile"] * (device.type == "cpu") + ["dtype"] * (not native)
         args.variants = [name for name, options in VARIANTS.items() if not options.keys() & slow]
     args.dtypes = ["float32"]
     if native or any("dtype" in VARIANTS[name] for name in args.variants):
@@ -476,9 +471,9 @@ def check(args):
     if min(args.size) < 64:
         raise UserError(f"--size {args.size[0]}x{args.size[1]}: 64x64 at least")
     for name in ("batch_size", "num_classes", "seconds", "batches"):
-        values = getattr(args, name)
-        if min(values if isinstance(values, list) else [values]) <= 0:
-            raise UserError(f"{files.as_flag(name)} {values}: must be positive")
+        value = getattr(args, name)
+        if np.min(value) <= 0:
+            raise UserError(f"{files.as_flag(name)} {value}: must be positive")
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: must not be negative")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):

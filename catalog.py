@@ -354,7 +354,7 @@ def count_classes(paths, root):
         raise UserError(
             f"{root}/labels: every pixel is {IGNORE} (ignore), there is no class to learn"
         )
-    return [(f"class {i}", colour) for i, colour in enumerate(colours(n))]
+    return with_colours([f"class {k}" for k in range(n)])
 
 
 def files_in(folder, suffixes=IMAGE_SUFFIXES):
@@ -446,7 +446,7 @@ def read_label(path):
         )
     if label.dtype.kind == "f":
         raise UserError(f"{path}: floating point values, a label has whole class ids")
-    if label.dtype == bool or label.max(initial=0) <= 255 and label.min(initial=0) >= 0:
+    if label.max(initial=0) <= 255 and label.min(initial=0) >= 0:
         return label.astype(np.uint8)
     raise UserError(f"{path}: values up to {label.max()}, a label has class ids up to 255")
 

@@ -108,9 +108,7 @@ def open_for_check(name, data_dir):
     """The data set. One without classes.txt has 255 classes until its labels have been read."""
     root, options = Path(data_dir or ""), {}
     if name == "folder" and not (root / "classes.txt").exists():
-        options["classes"] = [
-            (f"class {k}", colour) for k, colour in enumerate(catalog.colours(255))
-        ]
+        options["classes"] = catalog.with_colours([f"class {k}" for k in range(255)])
     try:
         return catalog.open_dataset(name, data_dir, **options)
     except UserError as e:

@@ -15,20 +15,12 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from files import Progress, UserError, nearest_existing, write_text
+from files import Progress, UserError, write_text
 
 TRIES = 4  # of a download that makes no progress
 PAUSE = 2  # seconds before the second try, doubled before each further one
 TELL = 5  # seconds between progress lines
 BLOCK = 1 << 16  # bytes read at a time: few, so that slow connections show progress too
-
-
-def need_space(folder, need, what):
-    """UserError if `need` bytes do not fit on the disk of `folder`, which need not exist yet."""
-    folder = nearest_existing(folder)
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise UserError(f"{what} needs {need / 1e9:.3g} GB, {folder} has {free / 1e9:.3g} GB free")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -124,7 +116,10 @@ def fetch_once(url, part, note, size, checked):
             # a weak tag, W/"...", does not promise the same bytes
             version = tag if tag.startswith('"') else date
             write_text(note, json.dumps({"url": url, "version": version, "total": total}))
-        need_space(part.parent, (total or 0) - have, title)
+        need, free = (total or 0) - have, shutil.disk_usage(part.parent).free
+        if need > free:
+            where = f"{part.parent} has {free / 1e9:.3g} GB free"
+            raise UserError(f"{title} needs {need / 1e9:.3g} GB, {where}")
         length = f", {total / 1e6:.1f} MB" if total else ""
         at = f", resuming at {have / 1e6:.1f} MB" if have else ""
         print(f"{title}: from {url}{length}{at}", flush=True)
@@ -160,14 +155,14 @@ def receive(reply):
         raise Cut(f"the connection was cut ({e or type(e).__name__})") from e
 
 
-def wrong_file(path, size=None, sha256=None, md5=None):
+def wrong_file(path, size, sha256, md5):
     """How a file differs in size (bytes) or hash (hexadecimal), as text, or None."""
     if size and path.stat().st_size != size:
         return f"{path.stat().st_size} bytes, expected {size}"
     for name, want in (("sha256", sha256), ("md5", md5)):
         if want:
             found = digest(path, name)
-            wants = (want,) if isinstance(want, str) else tuple(want)
+            wants = (want,) if isinstance(want, str) else want
             if not found.startswith(wants):
                 return f"its {name} is {found}, expected {' or '.join(wants)}"
     return None

@@ -6,6 +6,7 @@ that only many labels show together. Files are given as what the doctor saw in t
 Findings of LIKELY and LIKELY_IN_ALL are sure enough to fail a check, those of PERHAPS are not.
 """
 
+import functools
 import os
 import re
 
@@ -334,19 +335,15 @@ def first_missing(splits, dataset):
         return f"{first} never occurs, while {last} does: shifted by one? Ids start at {first}"
 
 
-def strangers(splits, dataset):
-    return mostly_foreign(splits, dataset, "val", "train")
-
-
-def never_in_val(splits, dataset):
-    return mostly_foreign(splits, dataset, "train", "val")
-
-
 def mostly_foreign(splits, dataset, ours, others):
     counts, theirs = (by_class(splits[split], dataset)[:IGNORE] for split in (ours, others))
     share = counts[theirs == 0].sum() / max(counts.sum(), 1)
     if share > 0.5 and theirs.any():
         return f"{share:.0%} of {ours}'s pixels are of classes that {others} never has: other ids?"
+
+
+strangers = functools.partial(mostly_foreign, ours="val", others="train")
+never_in_val = functools.partial(mostly_foreign, ours="train", others="val")
 
 
 def void_class(splits, dataset):

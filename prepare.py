@@ -13,14 +13,7 @@ from PIL import Image
 import downloads
 import scenes
 from catalog import in_parallel, open_dataset, read_mat
-from classes import (
-    NYU13,
-    NYU40,
-    NYU40_TO_13,
-    NYU_CLASS_38,
-    NYU_CLASS_39,
-    NYU_CLASSES_1_TO_37,
-)
+from classes import NYU13, NYU40, NYU40_TO_13, NYU_CLASS_38, NYU_CLASS_39, NYU_CLASSES_1_TO_37
 from distill import IGNORE
 from files import Progress, UserError, atomic, write_text
 from sources import SOURCES, how_to_get, is_free

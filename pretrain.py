@@ -151,10 +151,10 @@ def resolve(args):
     data.check_cache(args)
     if args.method not in WEIGHTS:
         raise UserError(f"unknown method '{args.method}': choose one of {', '.join(WEIGHTS)}")
-    if bool(args.teacher) != (args.method != "none"):
-        lack = "--teacher: what it is to teach" if args.teacher else "--method: who teaches it"
-        other = "--method" if args.teacher else "--teacher"
-        raise UserError(f"{lack} is missing, pass {other} too")
+    if args.teacher and args.method == "none":
+        raise UserError("--teacher: what it is to teach is missing, pass --method too")
+    if not args.teacher and args.method != "none":
+        raise UserError("--method: who teaches it is missing, pass --teacher too")
     if args.epochs and args.max_iters:
         raise UserError("--epochs has no effect with --max-iters: pass one of them")
     if not 0 < args.area[0] <= args.area[1] <= 1:
@@ -221,15 +221,6 @@ def open_teacher(args):
     if "manifold" in args.method and vits[0] != vits[1]:
         raise UserError(f"manifold compares blocks, or stages: no {args.model} with a {net.name}")
     return net, facts["classes"]
-
-
-def check_same_classes(args, theirs, classes):
-    """UserError if the teacher's classes differ from those of the photos."""
-    if theirs != classes:
-        raise UserError(
-            f"{args.teacher}: knows {len(theirs)} classes ({files.some(theirs, 3)}), "
-            f"{args.data_dir} has {len(classes)} ({files.some(classes, 3)})"
-        )
 
 
 def method_of(args, net, teacher):
@@ -317,7 +308,11 @@ def main(args):
     classes = train.classes
     run.print(f"{len(train)} photos to learn from, {len(val)} to score, {len(classes)} classes")
     if teacher:
-        check_same_classes(args, theirs, classes)
+        if theirs != classes:
+            raise UserError(
+                f"{args.teacher}: knows {len(theirs)} classes ({files.some(theirs, 3)}), "
+                f"{args.data_dir} has {len(classes)} ({files.some(classes, 3)})"
+            )
         loop.freeze(teacher, run.device)
     torch.manual_seed(args.seed)
     net = classifiers.build(args.model, len(classes), args.size, args.patch, args.drop_path)

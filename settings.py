@@ -23,7 +23,6 @@ COMMON = dict(
     alone=False,
     max_iters=20_000,
     batch_size=16,
-    short_side=None,
     crop_size=[480],
     scale=[0.5, 2.0],
     colour=1.0,

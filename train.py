@@ -119,7 +119,6 @@ def open_run(args):
     run = Run(
         args=args, **common, **splits, augment=augment.Augment(crop, **augmentation), facts=facts
     )
-    run.images("student")  # UserError if too few
     run.data = dict(classes=list(dataset.classes), train=len(train), val=len(val))
     run.data |= dict(unlabelled=len(run.unlabelled))
     run.data["checksum of names and sizes"] = data.fingerprint(dataset, names)

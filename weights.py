@@ -160,16 +160,15 @@ def locate(source):
     if path.exists():
         return path
     name = str(source)
-    named = re.fullmatch(r"[\w][\w.-]*/[\w.-]+", name)
-    if named and not re.search(r"\.(pt|pth|bin|safetensors|ckpt)$", name):
-        if not path.parent.exists():
-            home, model = name.split("/")
-            if home == "torchvision":
-                return fetch_torchvision(model)
-            try:
-                return fetch_from_hub(name)
-            except UserError as e:
-                raise UserError(f"no file or folder here, and on the hub, {e}") from e
+    a_file = re.search(r"\.(pt|pth|bin|safetensors|ckpt)$", name) or path.parent.exists()
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not a_file:
+        home, model = name.split("/")
+        if home == "torchvision":
+            return fetch_torchvision(model)
+        try:
+            return fetch_from_hub(name)
+        except UserError as e:
+            raise UserError(f"no file or folder here, and on the hub, {e}") from e
     raise UserError(f"{source}: no such file" + " or folder" * (not path.suffix))
 
 
@@ -224,24 +223,17 @@ def read_json(path):
 
 def read_folder(folder):
     """(tensors, facts) of a folder that transformers wrote."""
-    names = ("model.safetensors", "pytorch_model.bin")
+    names, tensors = ("model.safetensors", "pytorch_model.bin"), {}
     for name in names:
-        if (folder / name).exists():
-            tensors, _ = unwrap(load_any(folder / name), folder / name)
-            break
-        if (folder / f"{name}.index.json").exists():
-            tensors = {}
-            for shard in shards(folder / f"{name}.index.json"):
-                tensors |= unwrap(load_any(folder / shard), folder / shard)[0]
-            break
-    else:
-        ours = [
-            name for name in ("student.pt", "teacher.pt", "encoder.pt") if (folder / name).exists()
-        ]
-        hint = f"; pass {folder / ours[0]}" if ours else ""
-        problem = f"neither {names[0]} nor {names[1]} in it (nor shards of them)"
-        raise UserError(f"{folder}: {problem}{hint}")
-    return tensors, folder_facts(folder)
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists() or index.exists():
+            for part in [name] if (folder / name).exists() else shards(index):
+                tensors |= unwrap(load_any(folder / part), folder / part)[0]
+            return tensors, folder_facts(folder)
+    ours = [folder / name for name in ("student.pt", "teacher.pt", "encoder.pt")]
+    hint = next((f"; pass {path}" for path in ours if path.exists()), "")
+    problem = f"neither {names[0]} nor {names[1]} in it (nor shards of them)"
+    raise UserError(f"{folder}: {problem}{hint}")
 
 
 def shards(index):

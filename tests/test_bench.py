@@ -6,7 +6,6 @@ import functools
 import json
 import platform
 import resource
-import sys
 import time
 
 import numpy as np
@@ -78,7 +77,7 @@ def test_logits_of_a_trained_net(trained, variant):
     want = logits(net, images)
     if variant == "bfloat16":
         got = logits(net, images, "bfloat16")
-        assert (got.argmax(1) == want.argmax(1)).float().mean() > 0.98
+        assert 0.98 < (got.argmax(1) == want.argmax(1)).float().mean() and not got.equal(want)
     elif variant == "compiled":  # every kind of kernel: three more stages are minutes of C++
         net = copy.deepcopy(net)
         net.encoder.stages[0].compile()
@@ -89,7 +88,6 @@ def test_logits_of_a_trained_net(trained, variant):
     else:
         net = copy.deepcopy(net).to(memory_format=torch.channels_last)
         got = logits(net, images.contiguous(memory_format=torch.channels_last))
-    assert not got.equal(want) or variant != "bfloat16"
     assert (got - want).abs().max() < BOUNDS[variant] * want.abs().max()
 
 
@@ -159,9 +157,8 @@ def hold(n):
 
 def test_memory_of_a_process_of_its_own():
     ballast = torch.ones(10**8)  # 0.4 GB here, none of it there
-    for n, (held, peak) in zip(
-        (10**7, 5 * 10**7), timing.in_processes(hold, (10**7,), (5 * 10**7,))
-    ):
+    sizes = (10**7,), (5 * 10**7,)
+    for (n,), (held, peak) in zip(sizes, timing.in_processes(hold, *sizes)):
         assert held == pytest.approx(4e-9 * n, abs=0.02) and peak == pytest.approx(held, abs=0.02)
     assert timing.memory("cpu", "peak") > 0.4 and len(ballast)
 
@@ -228,9 +225,8 @@ def test_noise_is_a_split():
 # the command
 
 
-def command(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["bench.py", *SMALL, *words])
-    bench.main(bench.get_args())
+def command(*words):
+    bench.main(bench.get_args([*SMALL, *words]))
 
 
 def test_everything(monkeypatch, tmp_path, capsys):
@@ -238,7 +234,7 @@ def test_everything(monkeypatch, tmp_path, capsys):
     out = [str(tmp_path / name) for name in ("b.json", "b.png")]
     monkeypatch.setattr(methods, "METHODS", {"none": methods.METHODS["none"]})
     words = ["--variants", "naive", "--method", "none", "--json", out[0]]
-    command(monkeypatch, *words, "--plot", out[1], "--only", *bench.SECTIONS)
+    command(*words, "--plot", out[1], "--only", *bench.SECTIONS)
     tree = json.loads((tmp_path / "b.json").read_text())
     said = capsys.readouterr().out
     assert [r["variant"] for r in tree["step"]] == ["naive"]
@@ -266,7 +262,7 @@ def test_what_does_not_fit_into_memory_is_told_and_left_out(monkeypatch, capsys)
     monkeypatch.setattr(bench, "in_processes", full)
     monkeypatch.setattr(methods, "METHODS", {k: methods.METHODS[k] for k in ("none", "kd")})
     words = ["--only", "step", "methods", "--method", "none", "--variants", "naive", "float32"]
-    command(monkeypatch, *words)
+    command(*words)
     lines = capsys.readouterr().out.splitlines()
     told = [line.split()[0] for line in lines if "out of memory: --batch-size" in line]
     assert told == ["naive", "kd"]
@@ -279,7 +275,7 @@ def test_what_was_measured_outlasts_an_interruption(monkeypatch, tmp_path):
 
     monkeypatch.setitem(bench.SECTIONS, "methods", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        command(monkeypatch, "--only", "data", "methods", "--json", str(tmp_path / "b.json"))
+        command("--only", "data", "methods", "--json", str(tmp_path / "b.json"))
     tree = json.loads((tmp_path / "b.json").read_text())
     assert tree["data"]["host_img_s"] > 0 and "methods" not in tree
 
@@ -291,7 +287,7 @@ def test_bfloat16_only_where_it_is_no_emulation_unless_asked_for(monkeypatch, na
     seen = []
     monkeypatch.setattr(bench, "SECTIONS", dict(step=lambda args, _: seen.append(args), last=None))
     for words, low in (([], native), (["--variants", "bfloat16"], True)):
-        command(monkeypatch, *words)
+        command(*words)
         args = seen.pop()
         assert ("bfloat16" in args.variants) == ("bfloat16" in args.dtypes) == low
         assert {"naive", "float32"} <= {*args.variants} or words
@@ -315,9 +311,9 @@ def test_bfloat16_only_where_it_is_no_emulation_unless_asked_for(monkeypatch, na
         (["--only", "step", "--plot", "x.png"], "--plot draws what --only inference measures"),
     ],
 )
-def test_mistakes(monkeypatch, words, complaint):
+def test_mistakes(words, complaint):
     with pytest.raises(UserError, match=complaint):
-        command(monkeypatch, *words)
+        command(*words)
 
 
 def faults():

@@ -775,10 +775,8 @@ def test_weights_of_the_paper_beside_the_classes_of_train(tmp_path, capsys):
     told = [float(w) for w in re.findall(r"  paper's weight +(\d+\.\d\d)$", train, re.M)]
     pixels = [int(n) for n in re.findall(r"  (\d+) px", train)][:3]
     assert told == pytest.approx([1 / np.log(1.1 + n / sum(pixels)) for n in pixels], abs=0.006)
-    split = data.Files(
-        *[getattr(catalog.open_dataset("folder", root), k) for k in ("pairs", "table")]
-    )
-    split.pairs = split.pairs["train"]
+    dataset = catalog.open_dataset("folder", root)
+    split = data.Files(dataset.pairs["train"], dataset.table)
     assert told == pytest.approx(data.class_weights(split, 3).tolist(), abs=0.006)
     assert len(set(told)) == 3 and "weight" not in val
 

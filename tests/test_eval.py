@@ -1,7 +1,6 @@
 """Metrics against brute force; views of an image that must not change what is in it."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -185,8 +184,8 @@ def test_evaluate_scores_each_image_once_whatever_its_size():
 
 def test_paper_protocol_scores_a_quarter_of_a_shorter_side_of_512(monkeypatch):
     image, label = halves(100, 151)  # resized to 773 columns, one more than 4 times 193
-    sizes, shrink = [], evaluation.nearest
-    monkeypatch.setattr(evaluation, "nearest", lambda y, n: sizes.append(n) or shrink(y, n))
+    sizes, shrink = [], catalog.resize_label
+    monkeypatch.setattr(catalog, "resize_label", lambda y, n: sizes.append(n) or shrink(y, n))
 
     class Net(Brightness):
         def forward(self, x, head=True):
@@ -213,9 +212,8 @@ def ckpt(tmp_path):
     return str(tmp_path / "student.pt")
 
 
-def run(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
-    evaluation.main(evaluation.get_args())
+def run(*words):
+    evaluation.main(evaluation.get_args([*map(str, words)]))
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -231,18 +229,18 @@ def test_scores_in_the_dtype_of_training_unless_the_device_emulates_it(
         evaluation, "evaluate", lambda *a, **k: seen.append(a[4]) or evaluate(*a, **k)
     )
     words = ["--ckpt", tmp_path / "low.pt", "--dataset", "folder", "--data-dir", folder]
-    run(monkeypatch, *words)
-    run(monkeypatch, *words, "--dtype", "float16")
+    run(*words)
+    run(*words, "--dtype", "float16")
     assert seen == ["bfloat16" if native else "float32", "float16"]
     assert asked == [(torch.device("cpu"), "bfloat16")]
 
 
-def test_json_is_one_object_and_nothing_else(monkeypatch, capsys, folder, ckpt):
-    run(monkeypatch, "--ckpt", ckpt, "--data-dir", folder, "--json")
+def test_json_is_one_object_and_nothing_else(capsys, folder, ckpt):
+    run("--ckpt", ckpt, "--data-dir", folder, "--json")
     out = json.loads(capsys.readouterr().out)
     assert {"miou", "pixel_acc", "iou", "classes", "images"} <= set(out)
     assert out["images"] == 3 and len(out["iou"]) == 3
-    run(monkeypatch, "--ckpt", ckpt, "--data-dir", folder, "--split", "train", "--cache", "off")
+    run("--ckpt", ckpt, "--data-dir", folder, "--split", "train", "--cache", "off")
     assert "6 images" in capsys.readouterr().out
 
 
@@ -264,36 +262,36 @@ def test_json_is_one_object_and_nothing_else(monkeypatch, capsys, folder, ckpt):
         (["--cache", "off", "--cache-dir", "c"], "--cache-dir has no effect with --cache off"),
     ],
 )
-def test_mistakes(monkeypatch, folder, ckpt, more, message):
+def test_mistakes(folder, ckpt, more, message):
     with pytest.raises(files.UserError) as e:
-        run(monkeypatch, "--ckpt", ckpt, "--data-dir", folder, *more)
+        run("--ckpt", ckpt, "--data-dir", folder, *more)
     assert message in str(e.value)
 
 
-def test_mistakes_of_labelling(monkeypatch, folder, ckpt):
+def test_mistakes_of_labelling(folder, ckpt):
     with pytest.raises(files.UserError, match="/nowhere: no such file"):
-        run(monkeypatch, "--ckpt", ckpt, "--image", "/nowhere")
+        run("--ckpt", ckpt, "--image", "/nowhere")
     with pytest.raises(files.UserError, match="its own photos; pass another folder"):
         images = folder / "images"
-        run(monkeypatch, "--ckpt", ckpt, "--image", images, "--out-dir", images)
+        run("--ckpt", ckpt, "--image", images, "--out-dir", images)
 
 
 @pytest.mark.parametrize("name", ["images", "labels"])
-def test_predictions_do_not_replace_the_data_set(monkeypatch, folder, ckpt, name):
+def test_predictions_do_not_replace_the_data_set(folder, ckpt, name):
     before = {path: path.read_bytes() for path in folder.rglob("*.png")}
     with pytest.raises(files.UserError, match=f"{name}: the data set's own files; pass another"):
         argv = ["--ckpt", ckpt, "--data-dir", folder, "--save-preds", folder / "." / name]
-        run(monkeypatch, *argv)
+        run(*argv)
     assert {path: path.read_bytes() for path in folder.rglob("*.png")} == before
     assert not (folder / ".cache").exists()  # nor is anything decoded before
 
 
-def test_a_photo_that_is_void_all_over(monkeypatch, folder, tmp_path):
+def test_a_photo_that_is_void_all_over(folder, tmp_path):
     net = model.build("nano", 4)
     net.head.classifier.bias.data[3] = 1e4
     model.save(tmp_path / "void.pt", net, **FACTS | dict(classes=["a", "b", "c"], void=3))
     photo, out = folder / "images/p0.png", tmp_path / "out"
-    run(monkeypatch, "--ckpt", tmp_path / "void.pt", "--image", photo, "--out-dir", out)
+    run("--ckpt", tmp_path / "void.pt", "--image", photo, "--out-dir", out)
     assert {p.stem for p in out.iterdir()} == {"p0_mask", "p0_overlay", "p0_ids"}
     assert (np.asarray(Image.open(out / "p0_ids.png")) == 255).all()
 
@@ -317,13 +315,13 @@ def test_what_was_there_already_took_no_time(monkeypatch, capsys, total, words):
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"sky\nroad", b"PK\x03\x04 not a zip"])
-def test_files_that_are_no_checkpoints(monkeypatch, tmp_path, content):
+def test_files_that_are_no_checkpoints(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(files.UserError, match="a.pt: not a checkpoint of tensors"):
-        run(monkeypatch, "--ckpt", tmp_path / "a.pt")
+        run("--ckpt", tmp_path / "a.pt")
 
 
-def test_photos(monkeypatch, tmp_path, ckpt, capsys):
+def test_photos(tmp_path, ckpt, capsys):
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     image = Image.new("RGB", (90, 50), "white")
@@ -339,7 +337,7 @@ def test_photos(monkeypatch, tmp_path, ckpt, capsys):
     (photos / "notes.txt").write_text("mine")
     (photos / "folder.png").mkdir()
     with pytest.raises(files.UserError, match="1 of 5 not labelled; the first: .*b2.jpg: cannot"):
-        run(monkeypatch, "--ckpt", ckpt, "--image", photos, "--out-dir", out)
+        run("--ckpt", ckpt, "--image", photos, "--out-dir", out)
     assert "5 photos; left out: ._a.jpg, notes.txt\n" in capsys.readouterr().out
     names = {"a", "b.png", "b.jpg", "c"}
     assert {p.name for p in out.iterdir()} == {
@@ -444,22 +442,15 @@ def test_photos_are_resized_as_the_net_knows_them(monkeypatch, tmp_path, facts, 
 
     monkeypatch.setattr(evaluation, "prepare", prepared)
     monkeypatch.setattr(evaluation, "predict", predicted)
-    Image.new("RGB", (90, 50), "white").save(tmp_path / "a.png")
-    model.save(tmp_path / "net.pt", model.build("nano", 3), **FACTS | (facts or {}))
-    more = ["--window", "40"] if facts is not None else ["--short-side", "80", "--window", "40"]
-    argv = [
-        "--ckpt",
-        tmp_path / "net.pt",
-        "--image",
-        tmp_path / "a.png",
-        "--out-dir",
-        tmp_path / "o",
-    ]
-    run(monkeypatch, *argv, *more)
+    ckpt, photo = tmp_path / "net.pt", tmp_path / "a.png"
+    Image.new("RGB", (90, 50), "white").save(photo)
+    model.save(ckpt, model.build("nano", 3), **FACTS | (facts or {}))
+    more = ["--window", "40"] + ["--short-side", "80"] * (facts is None)
+    run("--ckpt", ckpt, "--image", photo, "--out-dir", tmp_path / "o", *more)
     assert sides == [side] and seen == [(40, 30)]  # windows overlap by a quarter
 
 
-def test_scores_are_of_resized_images_where_the_net_wants_them(monkeypatch):
+def test_scores_are_of_resized_images_where_the_net_wants_them():
     sizes, image = [], np.full((40, 40, 3), 255, np.uint8)
     net = Brightness()
     net.register_forward_pre_hook(lambda net, x: sizes.append(tuple(x[0].shape[2:])))
@@ -473,6 +464,6 @@ def test_scores_are_of_resized_images_if_asked_for(monkeypatch, folder, ckpt):
     monkeypatch.setattr(
         evaluation, "prepare", lambda x, facts, side: sides.append(side) or prepare(x, facts, side)
     )
-    run(monkeypatch, "--ckpt", ckpt, "--data-dir", folder)
-    run(monkeypatch, "--ckpt", ckpt, "--data-dir", folder, "--short-side", "96")
+    run("--ckpt", ckpt, "--data-dir", folder)
+    run("--ckpt", ckpt, "--data-dir", folder, "--short-side", "96")
     assert sides == 3 * [None] + 3 * [96]

@@ -47,9 +47,8 @@ def stir(net):
     return net
 
 
-def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, argv)])
-    export.main(export.get_args())
+def run(*argv):
+    export.main(export.get_args([*map(str, argv)]))
 
 
 @torch.no_grad()
@@ -98,7 +97,7 @@ def hub_names(depths):
 def test_hf_weights_have_the_hubs_names_and_our_bits(tmp_path, monkeypatch, capsys):
     load_file = pytest.importorskip("safetensors.torch").load_file
     monkeypatch.setattr(files, "installed", lambda name: name != "transformers")
-    run(monkeypatch, "--ckpt", checkpoint(tmp_path), "--to", "hf", "--out-dir", tmp_path / "hf")
+    run("--ckpt", checkpoint(tmp_path), "--to", "hf", "--out-dir", tmp_path / "hf")
     assert "pip install transformers" in capsys.readouterr().out
     theirs = load_file(tmp_path / "hf/model.safetensors")
     ours = model.load(tmp_path / "nano.pt")[0].state_dict()
@@ -114,11 +113,11 @@ def test_hf_weights_have_the_hubs_names_and_our_bits(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("name", ["nano", "b0"])
-def test_hf_in_transformers(name, tmp_path, monkeypatch, capsys):
+def test_hf_in_transformers(name, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
     path = checkpoint(tmp_path, name)
-    run(monkeypatch, "--ckpt", path, "--to", "hf", "--out-dir", tmp_path / "hf")
+    run("--ckpt", path, "--to", "hf", "--out-dir", tmp_path / "hf")
     said = capsys.readouterr().out
     assert "largest difference" in said and "MB" in said and "from_pretrained" in said
     theirs, info = transformers.SegformerForSemanticSegmentation.from_pretrained(
@@ -132,10 +131,10 @@ def test_hf_in_transformers(name, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("layout", ["ours", "ours, any size", "NVlabs", "TransKD"])
-def test_round_trip(layout, tmp_path, monkeypatch):
+def test_round_trip(layout, tmp_path):
     """From any layout to a Hugging Face folder and back: the same bits, and the facts."""
     pytest.importorskip("safetensors")
-    facts = dict(dataset="folder", short_side=64, resize=96, dtype="bfloat16", void=None)
+    facts = dict(dataset="folder", short_side=64, dtype="bfloat16", void=None)
     facts["resize"] = 96 if layout == "ours" else None
     path = checkpoint(tmp_path, **facts)
     if "ours" not in layout:
@@ -143,24 +142,24 @@ def test_round_trip(layout, tmp_path, monkeypatch):
         prefix, head = dict(NVlabs=("backbone.", "decode_head."), TransKD=("student.",) * 2)[layout]
         torch.save(nvlabs(net.state_dict(), prefix, head), path)
     net, facts = model.load(path)
-    run(monkeypatch, "--ckpt", path, "--to", "hf", "--out-dir", tmp_path / "hf")
+    run("--ckpt", path, "--to", "hf", "--out-dir", tmp_path / "hf")
     again, read = model.load(tmp_path / "hf")
     for name, tensor in net.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     filled = catalog.complete(facts, net.num_classes)
     assert read == filled and (layout != "TransKD" or (read["void"], read["mean"]) == (19, [0] * 3))
-    run(monkeypatch, "--ckpt", tmp_path / "hf", "--to", "hf", "--out-dir", tmp_path / "again")
+    run("--ckpt", tmp_path / "hf", "--to", "hf", "--out-dir", tmp_path / "again")
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 @pytest.mark.parametrize("side, tolerance", [("", 1e-5), ("resize", 0.02), ("short_side", 0.02)])
-def test_hf_processor_prepares_images_as_we_do(side, tolerance, tmp_path, monkeypatch):
+def test_hf_processor_prepares_images_as_we_do(side, tolerance, tmp_path):
     """To 0.02 if it resizes: one of 255 steps, for torchvision rounds otherwise than PIL."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("safetensors")
     path, resize = checkpoint(tmp_path, **({side: 32} if side else {})), 32 if side else None
-    run(monkeypatch, "--ckpt", path, "--to", "hf", "--out-dir", tmp_path / "hf")
+    run("--ckpt", path, "--to", "hf", "--out-dir", tmp_path / "hf")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     image, label = picture(0, height=64, width=80)
     label[:2] = 255
@@ -194,9 +193,9 @@ def open_onnx(onnxruntime, path):
     return session, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
-def test_onnx(onnxruntime, tmp_path, monkeypatch, capsys):
+def test_onnx(onnxruntime, tmp_path, capsys):
     path, out = checkpoint(tmp_path, resize=64), tmp_path / "a" / "b"
-    run(monkeypatch, "--ckpt", path, "--to", "onnx", "--out-dir", out)
+    run("--ckpt", path, "--to", "onnx", "--out-dir", out)
     said = capsys.readouterr().out
     assert "largest difference" in said and "resize photos to a shorter side of 64" in said
     assert [p.name for p in out.iterdir()] == ["model.onnx"]
@@ -210,9 +209,9 @@ def test_onnx(onnxruntime, tmp_path, monkeypatch, capsys):
     assert str(export.__file__).encode() not in (out / "model.onnx").read_bytes()
 
 
-def test_onnx_mask(onnxruntime, tmp_path, monkeypatch, capsys):
+def test_onnx_mask(onnxruntime, tmp_path, capsys):
     path = checkpoint(tmp_path)
-    run(monkeypatch, "--ckpt", path, "--to", "onnx", "--mask", "--out-dir", tmp_path / "o")
+    run("--ckpt", path, "--to", "onnx", "--mask", "--out-dir", tmp_path / "o")
     said = capsys.readouterr().out
     assert "of the pixels" in said and "open it with" in said
     session, other = open_onnx(onnxruntime, tmp_path / "o" / "model.onnx")
@@ -221,10 +220,10 @@ def test_onnx_mask(onnxruntime, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_pt2(mask, tmp_path, monkeypatch, capsys):
+def test_pt2(mask, tmp_path, capsys):
     path = checkpoint(tmp_path)
     flags = ["--mask"] if mask else []
-    run(monkeypatch, "--ckpt", path, "--to", "pt2", "--out-dir", tmp_path / "o", *flags)
+    run("--ckpt", path, "--to", "pt2", "--out-dir", tmp_path / "o", *flags)
     assert "largest difference" in capsys.readouterr().out
     about = dict(classes="", palette="", mean="", std="")
     program = torch.export.load(tmp_path / "o" / "model.pt2", extra_files=about)
@@ -238,13 +237,13 @@ def test_lvt(onnxruntime, tmp_path, monkeypatch):
     one = (dims, heads, (1, 1, 1, 1), width)  # block a stage: the second is traced as the first
     monkeypatch.setitem(model.MODELS, "lvt", one)
     path = checkpoint(tmp_path, "lvt", stir)
-    run(monkeypatch, "--ckpt", path, "--to", "onnx", "--out-dir", tmp_path / "o")
+    run("--ckpt", path, "--to", "onnx", "--out-dir", tmp_path / "o")
     assert_same_logits(path, open_onnx(onnxruntime, tmp_path / "o" / "model.onnx")[1])
 
 
-def test_pvt(tmp_path, monkeypatch):
+def test_pvt(tmp_path):
     path = checkpoint(tmp_path, "pvt_v2_b0", stir)
-    run(monkeypatch, "--ckpt", path, "--to", "pt2", "--mask", "--out-dir", tmp_path / "o")
+    run("--ckpt", path, "--to", "pt2", "--mask", "--out-dir", tmp_path / "o")
     assert_same_masks(path, torch.export.load(tmp_path / "o" / "model.pt2").module())
 
 
@@ -252,13 +251,13 @@ def test_pvt(tmp_path, monkeypatch):
 # what goes wrong
 
 
-def test_other_files_stay(tmp_path, monkeypatch):
+def test_other_files_stay(tmp_path):
     pytest.importorskip("safetensors")
     out = tmp_path / "hf"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     (out / "config.json").write_text("old")
-    run(monkeypatch, "--ckpt", checkpoint(tmp_path), "--to", "hf", "--out-dir", out)
+    run("--ckpt", checkpoint(tmp_path), "--to", "hf", "--out-dir", out)
     names = ["config.json", "model.safetensors", "notes.txt", "preprocessor_config.json"]
     assert sorted(p.name for p in out.iterdir()) == names
     assert (out / "notes.txt").read_text() == "mine"
@@ -297,7 +296,7 @@ def test_a_failed_comparison_leaves_nothing(there, tmp_path, monkeypatch):
         (out / "config.json").write_text("old")
     monkeypatch.setattr(export, "HF_TOLERANCE", 1e-9)
     with pytest.raises(files.UserError, match="discarded: it differs by"):
-        run(monkeypatch, "--ckpt", path, "--to", "hf", "--out-dir", out)
+        run("--ckpt", path, "--to", "hf", "--out-dir", out)
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*"))
     assert left == (["nano.pt", "new", "new/hf", "new/hf/config.json"] if there else ["nano.pt"])
     assert not there or (out / "config.json").read_text() == "old"
@@ -331,7 +330,7 @@ def test_mistakes(argv, message, tmp_path, monkeypatch):
     checkpoint(tmp_path)
     (tmp_path / "text.pt").write_text("text")
     with pytest.raises(files.UserError, match=message):
-        run(monkeypatch, "--out-dir", "out", *argv)
+        run("--out-dir", "out", *argv)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nano.pt", "text.pt"]
 
 
@@ -343,11 +342,11 @@ def test_mistakes(argv, message, tmp_path, monkeypatch):
         ("fcn_resnet50", "pt2", "a fcn_resnet50; CNNs teach here"),
     ],
 )
-def test_what_is_not_exported(name, form, message, tmp_path, monkeypatch):
+def test_what_is_not_exported(name, form, message, tmp_path):
     pytest.importorskip("safetensors")
     model.save(tmp_path / "x.pt", model.build(name, 5))
     with pytest.raises(files.UserError, match=f"x.pt: {message}"):
-        run(monkeypatch, "--ckpt", tmp_path / "x.pt", "--to", form, "--out-dir", tmp_path / "o")
+        run("--ckpt", tmp_path / "x.pt", "--to", form, "--out-dir", tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
 
@@ -356,10 +355,10 @@ def test_missing_packages_are_named(form, packages, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.7.0"))
     monkeypatch.setattr(files, "installed", lambda name: name not in packages.split())
     with pytest.raises(files.UserError, match=f"--to {form} needs: pip install {packages}$"):
-        run(monkeypatch, "--ckpt", checkpoint(tmp_path), "--to", form, "--out-dir", tmp_path / "o")
+        run("--ckpt", checkpoint(tmp_path), "--to", form, "--out-dir", tmp_path / "o")
 
 
 def test_onnx_and_torch_2_6(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.6.0+cpu"))
     with pytest.raises(files.UserError, match="--to onnx needs torch 2.7"):
-        run(monkeypatch, "--ckpt", checkpoint(tmp_path), "--to", "onnx", "--out-dir", "o")
+        run("--ckpt", checkpoint(tmp_path), "--to", "onnx", "--out-dir", "o")

@@ -72,15 +72,7 @@ def test_steps_are_those_of_plain_torch(accumulate, folder, tmp_path, monkeypatc
         real(learner, *more)
 
     monkeypatch.setattr(loop, "update", spy)
-    more = [
-        *MORE.split(),
-        "--weight-decay",
-        "0.1",
-        "--clip",
-        str(TINY_CLIP),
-        "--accumulate",
-        str(accumulate),
-    ]
+    more = f"{MORE} --weight-decay 0.1 --clip {TINY_CLIP} --accumulate {accumulate}".split()
     run_ = open_run(folder, tmp_path / "a", *more)
     want, want_norms = plain_steps(run_, [5e-3, 1e-2, 5e-3], TINY_CLIP)
     run(folder, tmp_path / "a", *more)

