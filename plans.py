@@ -41,6 +41,7 @@ ROWS = {
     },
     "ablations": {
         "and soft labels": "--method transkd-base+kd",
+        "and cwd": "--method transkd-base+cwd",
         "features x 3": "--method transkd-base --feature-weight 3",
         "embeddings x 3": "--method transkd-base --embed-weight 3",
         "both x 3": "--method transkd-base --feature-weight 3 --embed-weight 3",
