@@ -217,7 +217,7 @@ SCENES = dict(
     teacher="b0",
     student="nano",
     init="scratch",
-    seeds=dict(main=3, labels=0, ablations=2, methods=3, photos=0),
+    seeds=dict(main=3, labels=0, ablations=3, methods=3, photos=0),
     rows=ROWS | dict(main=[row for row in ROWS["main"] if "pre-trained" not in row]),
     paper_too=[],  # it would enlarge them five times
     pairs={},

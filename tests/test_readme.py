@@ -79,7 +79,7 @@ def test_command(place, line, monkeypatch):
         argv += "--only inference data --student nano --models nano --size 64x64".split()
         argv += "--batches 1 --seconds 0.1".split()
     if "suite.py" in argv:  # test_suite.py runs it
-        argv += "--plan tiny --no-runs".split()
+        argv += ["--no-runs"] if "scenes" in argv else ["--plan", "tiny", "--no-runs"]
     if "export.py" in argv or "exported/hf" in argv:
         for package in ("transformers", "onnxruntime", "onnxscript", "safetensors"):
             pytest.importorskip(package)
