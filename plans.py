@@ -83,8 +83,8 @@ LENGTHS = {  # one method at several lengths, of which only some are rows
 # ------------------------------------------------------------------------------------------------
 # sizes and lengths
 
-LABELS = {"camvid": (37, 92), "nyuv2": (80, 199), "folder": (1, 2)}  # 10 and 25 % of the images
-LABELS |= {"scenes": (2, 5)}  # of the 20 that a student has
+# 10 and 25 % of the images that a student has
+LABELS = {"scenes": (2, 5), "camvid": (37, 92), "nyuv2": (80, 199), "folder": (1, 2)}
 
 
 def numbers(plan, dataset):
@@ -229,7 +229,6 @@ SCENES = dict(
             student="--max-iters {steps}",
             steps=900,
             every=0,
-            low=1e-3,
         ),
     },
 )

@@ -163,9 +163,10 @@ def dataset_jobs(plan, args, dataset, data_dir, inits):
                 flags = f"--student {plan['student']} {flags} --seed {seed}"
                 argv, own = merged("train.py", shared, flags), where(args, data_dir, folder)
                 jobs.append(Job(argv, own, folder, row, needs))
-    twice = plan.get("paper_too", ["teacher", *PAPER_TOO])
-    papers = {job: [paper_job(args, data_dir, job)] for job in jobs if job.row[2] in twice}
-    return [each for job in jobs for each in (job, *papers.get(job, []))]
+    twice, scored = plan.get("paper_too", ["teacher", *PAPER_TOO]), []
+    for job in jobs:
+        scored += [job, paper_job(args, data_dir, job)] if job.row[2] in twice else [job]
+    return scored
 
 
 def paper_job(args, data_dir, job):

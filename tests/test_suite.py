@@ -173,7 +173,7 @@ def test_drawn_scenes_need_nothing(tmp_path, monkeypatch):
     """No folder, no photos, no encoders; scored by one protocol."""
     rows = dict(main=["alone", "transkd-base"])
     data = dict(scenes=dict(teacher="--max-iters 2", student="--max-iters {steps}", steps=2))
-    data["scenes"] |= dict(every=0, low=1e-3)
+    data["scenes"] |= dict(every=0)
     plan = plans.SCENES | dict(teacher="nano", rows=rows, data=data)
     monkeypatch.setattr(suite, "PLANS", dict(scenes=plan))
     argv = ["--plan", "scenes", "--out-dir", str(tmp_path), "--jobs", "2"]
