@@ -22,6 +22,7 @@ from distill import conv_bn, cwd, hcl, matched, valid_mean
 from manifold import gram_difference
 from model import to_tokens
 from nets import full_precision
+from parallel import gather, rank_and_world
 
 # ------------------------------------------------------------------------------------------------
 # shared by several methods
@@ -328,8 +329,7 @@ class CIRKD(nn.Module):
     Fixed here: the published code mistakes an index into a class's pixels for one into the image,
     so its pixel queues hold other classes. cirkd_pool: batch first averages 2x2 pixels, as when
     CIRKD's SegFormer table was made; other versions take 4 (the newest only on large maps). batch
-    pairs the images of one process, each with itself too; the queues hold the images of process 0
-    (DDP broadcasts its buffers), while the published code gathers those of all processes.
+    pairs each image with itself too.
     """
 
     needs_teacher = needs_head = True
@@ -368,30 +368,36 @@ class CIRKD(nn.Module):
     def batch_term(self, s, t):
         maps = (F.avg_pool2d(x, self.pool, ceil_mode=True) for x in (s, t))
         s, t = (F.normalize(to_tokens(x), dim=2) for x in maps)  # (B, n, C)
-        pairs = [(i, j) for i in range(len(s)) for j in range(len(s))]
-        kl = sum(similarity_kl(s[i], t[i], s[j], t[j]).mean() for i, j in pairs)
-        return self.weights["batch"] * kl / len(pairs)
+        others = [*zip(gather(s), gather(t))]
+        kl = [similarity_kl(*own, *other).mean() for own in zip(s, t) for other in others]
+        return self.weights["batch"] * sum(kl) / len(kl)
 
     @torch.no_grad()
     def remember(self, t, masks):
-        """Put an image into the queues: the teacher's unit rows (n, C) and its masks (K, n)."""
+        """Put images into the queues: the teacher's unit rows (B, n, C), their masks (B, K, n)."""
+        B, n = t.shape[:2]
+        new = {}  # name: rows (B, K, m, C), and which of them count (B, K, m)
         if "pixels" in self.memories:
-            draw = torch.where(masks, torch.rand(len(t), device=t.device), -1.0)
-            m = min(PIXELS, len(t), self.pixels.shape[1])
-            best = draw.topk(m, dim=1)  # (K, m): random pixels of the class, then others at -1
-            push(self.pixels, self.pixels_at, t[best.indices], best.values >= 0)
+            rank, world = rank_and_world()
+            draw = torch.rand(world * B, 1, n, device=t.device).chunk(world)[rank]
+            m = min(PIXELS, n, self.pixels.shape[1])
+            best = torch.where(masks, draw, -1.0).topk(m, dim=2)  # of the class, then others at -1
+            rows = torch.stack([image[i] for image, i in zip(t, best.indices)])
+            new["pixels"] = rows, best.values >= 0
         if "regions" in self.memories:
             with full_precision(t):
-                sums = F.normalize(masks.float() @ t, dim=1)  # (K, C)
-            push(self.regions, self.regions_at, sums[:, None], masks.any(dim=1)[:, None])
+                sums = F.normalize(masks.float() @ t, dim=2)  # (B, K, C)
+            new["regions"] = sums[:, :, None], masks.any(dim=2, keepdim=True)
+        for name, (rows, filled) in new.items():
+            for image in zip(gather(rows), gather(filled.float()) > 0):
+                push(getattr(self, name), getattr(self, f"{name}_at"), *image)
 
     def memory_terms(self, s, t, labels):
         masks = class_masks(labels, s.shape[2:], self.classes)  # (B, K, n)
         s = F.normalize(to_tokens(self.project(s).float()), dim=2)  # (B, n, C)
         t = F.normalize(to_tokens(t), dim=2)
         if self.training:
-            for rows, mask in zip(t, masks):
-                self.remember(rows, mask)
+            self.remember(t, masks)
         terms = {}
         for name in self.memories:
             queue = getattr(self, name)

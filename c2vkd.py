@@ -24,6 +24,7 @@ from files import UserError
 from manifold import gram_difference
 from model import to_map, to_tokens
 from nets import full_precision, resize
+from parallel import gather
 
 
 def kl(student, teacher):
@@ -43,7 +44,7 @@ def graph(student, teacher):
     C = 2048 less than 1e-6. As published, this term has practically no effect.
     """
     rows = []
-    for x in (student, teacher):
+    for x in (gather(student), gather(teacher)):
         r = F.normalize(x.float().movedim(1, 3).flatten(0, 2), dim=1)  # (B*H*W, C)
         rows.append((r - r.mean(dim=1, keepdim=True)) / (r.shape[1] - 1) ** 0.5)
     return gram_difference(*rows)
@@ -138,8 +139,7 @@ class C2VKD(nn.Module):
     """PDD of the logits, VLFD of the deepest maps: the student's stage 4, the teacher's layer4.
 
     A 1x1 convolution without bias brings the student's to the teacher's channels; then both are
-    resized (bilinear) to the student's stride-16 grid, that of the published teacher. The graph
-    term compares across the images of one process.
+    resized (bilinear) to the student's stride-16 grid, that of the published teacher.
 
     c2vkd_pdd: "binary" or "dkd", the two readings of PDD (see `pdd`), with the weights
     c2vkd_alpha of the label's part and c2vkd_beta of the rest's.

@@ -25,6 +25,7 @@ from distill import matched
 from files import UserError
 from model import to_tokens
 from nets import full_precision
+from parallel import gather
 
 
 def gram_difference(a, b):
@@ -48,10 +49,13 @@ def cuts(s, t, rows):
     """Tokens (B, N, Cs), (B, N, Ct) -> three pairs of row matrices: patches, samples, random.
 
     The random rows, `rows` of them or all if fewer, are the same in student and teacher.
+    With several processes the last two pairs are cut from the tokens of all.
     """
+    own = s, t
+    s, t = gather(s), gather(t)
     drawn = torch.randperm(s.shape[0] * s.shape[1], device=s.device)[:rows]
     return (
-        (s, t),  # (B, N, C)
+        own,  # (B, N, C)
         (s.transpose(0, 1), t.transpose(0, 1)),  # (N, B, C)
         (s.flatten(0, 1)[drawn], t.flatten(0, 1)[drawn]),  # (K, C)
     )
@@ -69,8 +73,8 @@ class Manifold(nn.Module):
     larger. manifold_rows: K.
 
     That command has no cross-entropy, but the teacher's soft labels at temperature 1. Here the
-    cross-entropy stays, and `--method manifold+kd` adds the soft labels. The two terms across
-    images compare those that a process has at a time; for a single image `samples` is 0.
+    cross-entropy stays, and `--method manifold+kd` adds the soft labels. For a single image
+    `samples` is 0.
     """
 
     needs_teacher, needs_head = True, False

@@ -130,6 +130,32 @@ def process_mean(x):
     return x
 
 
+class Gather(torch.autograd.Function):
+    """`gather`, with a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x):
+    """(B, ...) in each process -> (world * B, ...), the whole batch; x itself in a single process.
+
+    For terms that relate images to each other. A row's gradient is the sum of those that it has in
+    all processes, so that DDP's mean is the gradient of the processes' mean term.
+    """
+    return Gather.apply(x) if dist.is_initialized() else x
+
+
 class NormOverProcesses(torch.autograd.Function):
     """Batch norm of maps (B, C, H, W) with the statistics of all processes: (y, mean, var)."""
 
@@ -199,4 +225,5 @@ def wrap(module, device):
         if p.shape[2:] == (1, 1):  # in channels-last its strides would differ from its gradient's
             p.data = p.data.flatten(1)[:, :, None, None]
     ids = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids)
+    # buffers need no broadcast: every process computes the same
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)

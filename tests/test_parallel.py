@@ -7,10 +7,20 @@ import numpy as np
 import pytest
 import torch
 
+import methods
 import parallel
 import timing
+from nets import Output
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+STUDENT, TEACHER, WIDTHS, K = (4, 6, 8, 16), (6, 8, 10, 12), (5, 7), 4
+# as large as the other terms, so that they show in the gradients
+OPTIONS = {
+    "manifold": dict(manifold_patch_weight=0.1, manifold_sample_weight=10.0),
+    "c2vkd": dict(c2vkd_graph=1e2),
+    "cirkd": dict(cirkd_pixel_queue=40, cirkd_region_queue=3, cirkd_pixel_weight=1.0),
+    "tat": dict(tat_patch=4, tat_anchors=8),
+}
 
 
 def filled(norm):
@@ -40,12 +50,54 @@ def half(rank, dtype):
     return [t.float().numpy() for t in tensors]
 
 
+def output(channels, width, seed):
+    """An Output of random numbers for four images of 64x96."""
+    g = torch.Generator().manual_seed(seed)
+    maps = [torch.randn(4, c, 16 >> i, 24 >> i, generator=g) for i, c in enumerate(channels)]
+    tokens = [torch.randn(4, m[0, 0].numel(), m.shape[1], generator=g) for m in maps]
+    logits, decoded = (torch.randn(4, c, 16, 24, generator=g) for c in (K, width))
+    return Output(logits, tuple(maps), tuple(tokens), decoded)
+
+
+def taught(name, rank, world=2):
+    """What one of `world` processes makes of its images: terms, gradients, the method's state."""
+    g = torch.Generator().manual_seed(2)
+    images = torch.randn(4, 3, 64, 96, generator=g)
+    labels = torch.randint(K, (4, 16, 24), generator=g)
+    labels = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    labels[1, 9:] = 255  # the processes have unlike numbers of labelled pixels
+
+    def share(x):
+        if isinstance(x, torch.Tensor):
+            return x.chunk(world)[rank]
+        return type(x)(*map(share, x)) if isinstance(x, Output) else tuple(map(share, x))
+
+    student, teacher = share(output(STUDENT, WIDTHS[0], 0)), share(output(TEACHER, WIDTHS[1], 1))
+    leaves = [student.logits, student.decoded, *student.features, *student.embeddings]
+    leaves = [x.requires_grad_() for x in leaves]
+    torch.manual_seed(0)
+    nets = dict(widths=WIDTHS, classes=K)
+    method = methods.build_method(name, STUDENT, TEACHER, **nets, **OPTIONS.get(name, {}))
+    if world > 1:
+        method = parallel.share_statistics(method, torch.device("cpu"))
+    torch.manual_seed(1)
+    terms = method(student, teacher, share(images), share(labels))
+    parameters = [*method.parameters()]
+    sum(terms.values()).backward()
+    grads = [
+        [torch.zeros(()) if x.grad is None else x.grad for x in xs] for xs in (leaves, parameters)
+    ]
+    parts = [[t.detach() for t in terms.values()], *grads, [*method.buffers()]]
+    return [[x.numpy() for x in part] for part in parts]
+
+
 def work(rank, port):
     """All that the tests want of one of two processes."""
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     parallel.start("cpu")
     made = {dtype: half(rank, dtype) for dtype in TOLERANCES}
+    made |= {name: taught(name, rank) for name in methods.METHODS if name != "none"}
     made["answers"] = parallel.any_process(rank == 0, rank == 1, False, True)
     parallel.stop()
     return made
@@ -77,6 +129,27 @@ def test_batch_norm_over_processes_is_that_of_the_whole_batch(both, dtype, toler
         (variances[1], norm.running_var),
     ):
         assert (got - want).norm() < tolerance * want.norm()
+
+
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "none"])
+def test_a_method_in_two_processes_is_that_of_the_whole_batch(both, name):
+    """Its terms, as DDP averages them; gradients of maps and adapters; statistics and queues."""
+    whole = taught(name, 0, world=1)
+    halves = [zip(*parts) for parts in zip(*(made[name] for made in both))]
+    terms, maps, parameters, buffers = ([*pairs] for pairs in halves)
+    got = [
+        [sum(pair) / 2 for pair in terms],
+        [np.concatenate([*map(np.atleast_1d, pair)]) / 2 for pair in maps],
+        [sum(pair) / 2 for pair in parameters],
+        [pair[0] for pair in buffers],
+    ]
+    for kind, mine, wants in zip(("terms", "maps", "parameters", "buffers"), got, whole):
+        assert len(mine) == len(wants)
+        scale = max([np.linalg.norm(want) for want in wants], default=0)
+        for a, b in zip(mine, wants):
+            assert np.linalg.norm(a - b) <= 2e-4 * np.linalg.norm(b) + 1e-6 * scale, kind
+    for pair in buffers:
+        assert np.array_equal(*pair)  # DDP does not broadcast them
 
 
 @pytest.mark.parametrize(

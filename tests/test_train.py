@@ -537,7 +537,7 @@ train.main(train.get_args(sys.argv[1:]))
     assert same(weights(out), weights(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("method, accumulate", [("transkd-base", 1), ("transkd-ea", 2)])
+@pytest.mark.parametrize("method, accumulate", [("transkd-base+cirkd", 1), ("transkd-ea", 2)])
 def test_two_processes_equal_one(folder, tmp_path, method, accumulate):
     """Labels with different numbers of ignored pixels, drops and batch norms included."""
     more = ["--method", method, "--max-iters", "4", "--alone", "--log-every", "0"]
