@@ -27,6 +27,13 @@ ROWS = {
         "transkd-base, twice the steps": "--method transkd-base --max-iters {twice}",
         "alone, four times the steps": "--method none --max-iters {four_times}",
     },
+    "long": {
+        "alone, eight times the steps": "--method none --max-iters {eight_times}",
+        "alone, pre-trained, eight times the steps": (
+            "--method none --student-init {student_init} --max-iters {eight_times}"
+        ),
+        "transkd-base, eight times the steps": "--method transkd-base --max-iters {eight_times}",
+    },
     "labels": {
         f"{method.replace('none', 'alone')}, {share} % of the {what}": (
             f"--method {method} --student-{what} {{{count}}}"
@@ -76,7 +83,7 @@ PAPER_TOO = ["alone", "alone, pre-trained", *TRANSKD]  # rows scored by the pape
 # rows scored during training too
 CURVES = ["alone", "alone, twice the steps", "alone, pre-trained", "transkd-base"]
 LENGTHS = {  # one method at several lengths, of which only some are rows
-    row: [row, f"{row}, twice the steps", f"{row}, four times the steps"]
+    row: [row] + [f"{row}, {times} the steps" for times in ("twice", "four times", "eight times")]
     for row in ("alone", "alone, pre-trained", "transkd-base")
 }
 
@@ -91,7 +98,8 @@ def numbers(plan, dataset):
     """What replaces the {braces} in the rows, for a data set."""
     sizes, (tenth, quarter) = plan["data"][dataset], LABELS[dataset]
     steps = sizes["steps"]
-    lengths = dict(twice=2 * steps, four_times=4 * steps, every=max(steps // 10, 2))
+    lengths = dict(twice=2 * steps, four_times=4 * steps, eight_times=8 * steps)
+    lengths |= dict(every=max(steps // 10, 2))
     return lengths | sizes | dict(tenth=tenth, quarter=quarter)
 
 
@@ -99,7 +107,7 @@ TINY = dict(
     note="A rehearsal of a few steps, which shows that everything runs and nothing else.",
     teacher="nano",
     student="nano",
-    seeds=dict(main=2, labels=1, ablations=1, methods=1, photos=1),
+    seeds=dict(main=2, long=1, labels=1, ablations=1, methods=1, photos=1),
     pretrain="--size 32 --batch-size 4 --max-iters 2",
     pairs={("nano", "nano"): "--max-iters 1", ("vit_tiny", "vit_tiny"): "--max-iters 1"},
     train="--batch-size 4 --crop-size 32",
@@ -114,7 +122,7 @@ REDUCED = dict(
     "steps: no net is near what it could reach. It stands in for the full plan until that has run.",
     teacher="b0",
     student="nano",
-    seeds=dict(main=3, labels=2, ablations=3, methods=1, photos=2),
+    seeds=dict(main=3, long=1, labels=2, ablations=3, methods=3, photos=2),
     pretrain="--size 64 --batch-size 128 --epochs 10 --lr 1e-3 --area 0.3 1 --colour 0.2 "
     "--dtype bfloat16",
     mit="--drop-path 0",
@@ -142,7 +150,7 @@ SMALL = REDUCED | dict(
     "`nano`, an eighth of it in size, float32, three epochs of Tiny-ImageNet at 64x64 in place of "
     "ImageNet, small crops, few steps: no net is near what it could reach. Vision transformers "
     "learn from 20 of its classes.",
-    seeds=dict(main=2, labels=1, ablations=2, methods=1, photos=2),
+    seeds=dict(main=2, long=0, labels=1, ablations=2, methods=1, photos=2),
     pretrain="--size 64 --batch-size 128 --epochs 3 --lr 1e-3 --area 0.3 1 --colour 0.2",
     pairs={("b0", "nano"): "--epochs 1", ("vit_small", "vit_tiny"): "--epochs 4"},
     train="--batch-size 8",
@@ -161,7 +169,7 @@ FULL = dict(
     note="",
     teacher="b2",
     student="b0",
-    seeds=dict(main=3, labels=3, ablations=2, methods=3, photos=3),
+    seeds=dict(main=3, long=0, labels=3, ablations=2, methods=3, photos=3),
     pretrain="--size 64 --batch-size 512 --epochs 100 --lr 1e-3 --mixup 0.8 --cutmix 1",
     pairs={("b2", "b0"): "--epochs 100", ("vit_small", "vit_tiny"): "--epochs 100"},
     train="--batch-size 16",
@@ -183,7 +191,7 @@ FULL = dict(
 SHORT = FULL | dict(
     note="A short version, for one large GPU: MiT-B2 and B0 as in the paper, but twelve epochs of "
     "Tiny-ImageNet at 64x64 in place of ImageNet, and few steps.",
-    seeds=dict(main=3, labels=0, ablations=2, methods=0, photos=0),
+    seeds=dict(main=3, long=0, labels=0, ablations=2, methods=0, photos=0),
     rows=dict(
         main=["alone", "alone, pre-trained", "transkd-base", "CSF alone", "PEA alone"]
         + ["alone, twice the steps", "alone, pre-trained, lower rate"]
@@ -217,7 +225,7 @@ SCENES = dict(
     teacher="b0",
     student="nano",
     init="scratch",
-    seeds=dict(main=3, labels=0, ablations=3, methods=3, photos=0),
+    seeds=dict(main=3, long=0, labels=0, ablations=3, methods=3, photos=0),
     rows=ROWS | dict(main=[row for row in ROWS["main"] if "pre-trained" not in row]),
     paper_too=[],  # it would enlarge them five times
     pairs={},

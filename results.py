@@ -13,13 +13,14 @@ from plans import CURVES, LENGTHS
 HEAD = ["mIoU", "of the gap", "pixels", "boundary IoU", "mIoU, paper's"]
 TITLES = {
     "main": "TransKD and its parts",
+    "long": "Long trainings",
     "labels": "Few labels",
     "ablations": "What matters",
     "methods": "Other methods",
 }
 REFERENCE = "transkd-base"  # in every table, like the teacher and the student alone
-PICTURE = """Dots: the ends of trainings of one, two or four times the steps, each with a schedule
-of its own, means and standard deviations; dashed: from one to the next. Thin lines, where there are
+PICTURE = """Dots: the ends of trainings of one to eight times the steps, each with a schedule of
+its own, means and standard deviations; dashed: from one to the next. Thin lines, where there are
 any: along a training."""
 
 
@@ -206,7 +207,8 @@ def student_tables(dataset, groups, picture):
     """Lines on the students of a data set; writes the plot `picture` where times differ."""
     lines, main = [], groups.get("main", {})
     teacher, alone = groups.get("teacher", {}).get("teacher"), main.get("alone")
-    starts = {main[row][0]["steps"]: main[row] for row in LENGTHS["alone"] if row in main}
+    lengths = main | groups.get("long", {})
+    starts = {lengths[row][0]["steps"]: lengths[row] for row in LENGTHS["alone"] if row in lengths}
     for group in [group for group in TITLES if group in groups]:
         others = dict(teacher=teacher, alone=alone) | {REFERENCE: main.get(REFERENCE)}
         rows = {row: runs for row, runs in others.items() if runs}  # to compare with
@@ -214,10 +216,10 @@ def student_tables(dataset, groups, picture):
             rows = dict(teacher=teacher) if teacher else {}
         rows |= groups[group]
         lines += [f"### {TITLES[group]}", "", *student_table(rows, starts, teacher), ""]
-    longer = any(row in main for lengths in LENGTHS.values() for row in lengths[1:])
+    longer = any(row in lengths for rows in LENGTHS.values() for row in rows[1:])
     scored = any(len(curve(main[row])[0]) > 1 for row in CURVES if row in main)
     if teacher and (longer or scored) and files.installed("matplotlib"):
-        plot(picture, dataset, main, teacher)
+        plot(picture, dataset, lengths, teacher)
         lines += [f"![mIoU against training time]({picture.name})", "", PICTURE, ""]
     return lines
 

@@ -112,7 +112,7 @@ def suite_train(argv, teacher):
 
 def test_budgets_are_equal_but_where_the_row_says_so(place):
     args = get_args(place)
-    args.plan, args.data = "full", ["nyuv2=D"]
+    args.plan, args.data = "reduced", ["nyuv2=D"]
     jobs = suite.wanted(suite.plan_jobs(args), args)
     rows = {name for group in suite.ROWS.values() for name in group}
     students = [j for j in jobs if j.script == "train" and j.row[1] != "teacher"]
@@ -123,6 +123,7 @@ def test_budgets_are_equal_but_where_the_row_says_so(place):
         budgets.setdefault(tuple(str(getattr(read, k)) for k in keys), set()).add(job.row[2])
     common, *others = sorted(budgets.values(), key=len, reverse=True)
     assert sorted(map(sorted, others)) == [
+        sorted(f"{row}, eight times the steps" for row in plans.LENGTHS),
         ["alone, four times the steps"],
         ["alone, pre-trained, lower rate"],
         sorted(f"{row}, twice the steps" for row in (*plans.LENGTHS, "weighted classes")),
@@ -131,9 +132,9 @@ def test_budgets_are_equal_but_where_the_row_says_so(place):
     assert set(methods.METHODS) - rows == {"none"}  # which is "alone"
     assert {*plans.PAPER_TOO, *plans.CURVES, results.REFERENCE} <= rows
     steps = {job.row[2]: settings.get_args(job.argv[1:]).max_iters for job in students}
-    for row, twice, four_times in plans.LENGTHS.values():
-        assert steps[twice] == 2 * steps[row]
-        assert steps.get(four_times) in (4 * steps[row], None)
+    for rows in plans.LENGTHS.values():
+        for row, times in zip(rows, (1, 2, 4, 8)):
+            assert steps.get(row, 4 * steps[rows[0]]) == times * steps[rows[0]]
 
 
 @pytest.mark.parametrize("plan", ["reduced", "full"])
