@@ -225,5 +225,4 @@ def wrap(module, device):
         if p.shape[2:] == (1, 1):  # in channels-last its strides would differ from its gradient's
             p.data = p.data.flatten(1)[:, :, None, None]
     ids = [device] if device.type == "cuda" else None
-    # buffers need no broadcast: every process computes the same
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids)

@@ -149,7 +149,7 @@ def test_a_method_in_two_processes_is_that_of_the_whole_batch(both, name):
         for a, b in zip(mine, wants):
             assert np.linalg.norm(a - b) <= 2e-4 * np.linalg.norm(b) + 1e-6 * scale, kind
     for pair in buffers:
-        assert np.array_equal(*pair)  # DDP does not broadcast them
+        assert np.array_equal(*pair)
 
 
 @pytest.mark.parametrize(
