@@ -21,7 +21,7 @@ import tat
 from distill import conv_bn, cwd, hcl, matched, valid_mean
 from manifold import gram_difference
 from model import to_tokens
-from nets import full_precision
+from nets import draws, full_precision
 from parallel import gather, rank_and_world
 
 # ------------------------------------------------------------------------------------------------
@@ -378,8 +378,7 @@ class CIRKD(nn.Module):
         B, n = t.shape[:2]
         new = {}  # name: rows (B, K, m, C), and which of them count (B, K, m)
         if "pixels" in self.memories:
-            rank, world = rank_and_world()
-            draw = torch.rand(world * B, 1, n, device=t.device).chunk(world)[rank]
+            draw = draws((B, 1, n), rank_and_world(), t.device)
             m = min(PIXELS, n, self.pixels.shape[1])
             best = torch.where(masks, draw, -1.0).topk(m, dim=2)  # of the class, then others at -1
             rows = torch.stack([image[i] for image, i in zip(t, best.indices)])

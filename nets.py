@@ -34,13 +34,21 @@ def full_precision(x):
     return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
 
 
+def draws(shape, shard, device):
+    """Uniform numbers (B, ...) in [0, 1), this process's share of those drawn for the whole batch.
+
+    shard = (rank, world size): N processes with one seed draw what a single process would.
+    """
+    rank, world = shard
+    return torch.rand(world * shape[0], *shape[1:], device=device).chunk(world)[rank]
+
+
 class Drop(nn.Module):
     """Zero whole slices of a batch with probability p and scale the others by 1 / (1 - p).
 
     dims=1 drops samples (stochastic depth, Huang et al. 2016), dims=2 channels (Dropout2d), dims=4
     single values (Dropout).
-    `shard` = (rank, world size): each rank tosses the coins of the whole batch and uses its share,
-    so that N processes with one seed drop what a single process would.
+    `shard` is that of `draws`.
     """
 
     def __init__(self, p, dims):
@@ -50,8 +58,6 @@ class Drop(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        rank, world = self.shard
-        B = x.shape[0]
-        coins = torch.rand(world * B, *x.shape[1 : self.dims], device=x.device)
-        keep = (coins[rank * B : (rank + 1) * B] >= self.p).to(x.dtype) / (1 - self.p)
+        coins = draws(x.shape[: self.dims], self.shard, x.device)
+        keep = (coins >= self.p).to(x.dtype) / (1 - self.p)
         return x * keep.view(*keep.shape, *[1] * (x.ndim - self.dims))

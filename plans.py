@@ -34,6 +34,9 @@ ROWS = {
         ),
         "transkd-base, four times the steps": "--method transkd-base --max-iters {four_times}",
         "transkd-base, eight times the steps": "--method transkd-base --max-iters {eight_times}",
+        "transkd-base+cwd, eight times the steps": (
+            "--method transkd-base+cwd --max-iters {eight_times}"
+        ),
     },
     "labels": {
         f"{method.replace('none', 'alone')}, {share} % of the {what}": (
@@ -123,7 +126,7 @@ REDUCED = dict(
     "steps: no net is near what it could reach. It stands in for the full plan until that has run.",
     teacher="b0",
     student="nano",
-    seeds=dict(main=3, long=1, labels=2, ablations=3, methods=3, photos=2),
+    seeds=dict(main=3, long=3, labels=2, ablations=3, methods=3, photos=2),
     pretrain="--size 64 --batch-size 128 --epochs 10 --lr 1e-3 --area 0.3 1 --colour 0.2 "
     "--dtype bfloat16",
     mit="--drop-path 0",

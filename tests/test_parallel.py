@@ -13,6 +13,7 @@ import timing
 from nets import Output
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+EVERY = [name for name in methods.METHODS if name != "none"]
 STUDENT, TEACHER, WIDTHS, K = (4, 6, 8, 16), (6, 8, 10, 12), (5, 7), 4
 # as large as the other terms, so that they show in the gradients
 OPTIONS = {
@@ -97,7 +98,7 @@ def work(rank, port):
     os.environ |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     parallel.start("cpu")
     made = {dtype: half(rank, dtype) for dtype in TOLERANCES}
-    made |= {name: taught(name, rank) for name in methods.METHODS if name != "none"}
+    made |= {name: taught(name, rank) for name in EVERY}
     made["answers"] = parallel.any_process(rank == 0, rank == 1, False, True)
     parallel.stop()
     return made
@@ -131,7 +132,7 @@ def test_batch_norm_over_processes_is_that_of_the_whole_batch(both, dtype, toler
         assert (got - want).norm() < tolerance * want.norm()
 
 
-@pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "none"])
+@pytest.mark.parametrize("name", EVERY)
 def test_a_method_in_two_processes_is_that_of_the_whole_batch(both, name):
     """Its terms, as DDP averages them; gradients of maps and adapters; statistics and queues."""
     whole = taught(name, 0, world=1)

@@ -123,7 +123,7 @@ def test_budgets_are_equal_but_where_the_row_says_so(place):
         budgets.setdefault(tuple(str(getattr(read, k)) for k in keys), set()).add(job.row[2])
     common, *others = sorted(budgets.values(), key=len, reverse=True)
     assert sorted(map(sorted, others)) == [
-        sorted(f"{row}, eight times the steps" for row in plans.LENGTHS),
+        sorted(f"{row}, eight times the steps" for row in (*plans.LENGTHS, "transkd-base+cwd")),
         ["alone, four times the steps", "transkd-base, four times the steps"],
         ["alone, pre-trained, lower rate"],
         sorted(f"{row}, twice the steps" for row in (*plans.LENGTHS, "weighted classes")),
