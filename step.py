@@ -60,9 +60,10 @@ class Teacher(nn.Module):
         super().__init__()
         self.low = dtype == "bfloat16"
         self.net = copy.deepcopy(net).bfloat16() if self.low else net
-        for m in self.net.modules() if self.low else ():
-            if isinstance(m, nn.BatchNorm2d):
-                m.float()  # its variances are many powers of ten apart
+        for name, m in net.named_modules() if self.low else ():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):  # of one process or of many
+                # stays as it was: its variances are many powers of ten apart
+                self.net.get_submodule(name).float().load_state_dict(m.state_dict())
         self.void, self.needs_head = facts["void"], needs_head
         own = facts["mean"], facts["std"]
         back = [-m / s for m, s in zip(mean, std)], [1 / s for s in std]  # to [0, 1]

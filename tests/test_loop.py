@@ -17,6 +17,7 @@ from files import UserError
 from step import Teacher, update
 
 MORE = "--method none --class-weights paper --crop-size 64 --max-iters 3 --lr 1e-2 --warmup 0.34"
+NORM = torch.nn.modules.batchnorm._BatchNorm
 TINY_CLIP = 1e-5  # gradients as small as AdamW's epsilon: none counts by its sign alone
 
 
@@ -118,10 +119,16 @@ def test_a_teachers_void_is_cut_off():
     assert torch.equal(Teacher(net, facts, facts["mean"], facts["std"], True)(images).logits, want)
 
 
-@pytest.mark.parametrize("name", ["nano", "fcn_resnet50"])
-def test_a_bfloat16_teacher_is_a_copy_that_keeps_no_float32_but_in_batch_norms(name):
+@pytest.mark.parametrize("name, synced", [("nano", False), ("nano", True), ("fcn_resnet50", False)])
+def test_a_bfloat16_teacher_is_a_copy_that_keeps_no_float32_but_in_batch_norms(name, synced):
+    """Nor if it was trained by several processes on GPUs, and so has their norms."""
     torch.manual_seed(0)
     net, (mean, std) = model.build(name, 4).eval(), ([0.0] * 3, [1.0] * 3)
+    for m in net.modules():
+        if isinstance(m, NORM):
+            m.running_var.uniform_(0.5, 2)
+    if synced:
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     facts, images = dict(mean=mean, std=std, void=None), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         want = net(images)
@@ -133,8 +140,13 @@ def test_a_bfloat16_teacher_is_a_copy_that_keeps_no_float32_but_in_batch_norms(n
             assert x.dtype == torch.bfloat16 and y.dtype == torch.float32
             assert 0 < (x - y).norm() < 0.02 * y.norm()
     assert 0 < (out.logits - want.logits).norm() < 0.02 * want.logits.norm()
-    norms = [m for m in look.net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert norms and all(m.running_var.dtype == m.weight.dtype == torch.float32 for m in norms)
+    norms = [m for m in net.modules() if isinstance(m, NORM)]
+    copies = [m for m in look.net.modules() if isinstance(m, NORM)]
+    assert norms and len(copies) == len(norms)
+    for kept, norm in zip(copies, norms):
+        assert kept is not norm
+        for key, x in norm.state_dict().items():
+            assert kept.state_dict()[key].dtype == x.dtype and kept.state_dict()[key].equal(x)
     low = [p for p in look.parameters() if p.dtype == torch.bfloat16]
     assert len(low) + 2 * len(norms) == len([*net.parameters()])
     assert all(p.dtype == torch.float32 for p in net.parameters())
