@@ -93,9 +93,24 @@ def build_step(args, spec, lean=False, channels_last=False, dtype="float32", com
         if channels_last:
             module.to(memory_format=torch.channels_last)
     if compile:
-        learner.compile()
-        run_teacher.compile()
+        learner.compile(dynamic=False)
+        run_teacher.compile(dynamic=False)
     return learner, method.needs_teacher and run_teacher
+
+
+def whole_and_parts(step, watch, seconds):
+    """A step's median seconds, and those of its parts, spending `seconds` on each on a GPU.
+
+    There the marks of the parts make the host wait, which a training does not: the whole is timed
+    without them, eight steps at a time.
+    """
+    device = watch.device
+    whole = timed(step, device, seconds, warmup=0)
+    parts = watch.medians()
+    if torch.device(device).type == "cuda":
+        watch.device = "cpu"  # which nothing waits for
+        whole = timed(lambda: [step() for _ in range(8)], device, seconds, warmup=0) / 8
+    return whole, parts
 
 
 def time_step(args, spec, variant, batch_size):
@@ -139,25 +154,27 @@ def time_step(args, spec, variant, batch_size):
     first = time.time() - start
     step()
     watch.times.clear()
-    seconds = timed(step, args.device, args.seconds, warmup=0)
+    seconds, parts = whole_and_parts(step, watch, args.seconds)
     peak = memory(args.device, "peak")
     return dict(
         variant=variant,
         seconds=seconds,
         first=first,
-        parts=watch.medians(),
+        parts=parts,
         memory_gb=None if peak is None else peak - before,
         img_s=batch_size / seconds,
     )
 
 
 def time_alone(args, spec, name, variant):
-    """`time_step` in a process of its own; None, and a line that begins `name`, without memory."""
+    """`time_step` in a process of its own; None, and a line that begins `name`, if it fails."""
     try:
         return in_processes(time_step, (args, spec, variant, args.batch_size))[0]
     except torch.OutOfMemoryError:
         print(f"{name:14s}out of memory: --batch-size {args.batch_size} is too large", flush=True)
-        return None
+    except Exception as e:  # e.g. no compiler: the others can be measured all the same
+        print(f"{name:14s}failed: {e!r:.300}", flush=True)
+    return None
 
 
 def step_flops(args):
@@ -503,6 +520,8 @@ def main(args):
     shown = ", ".join(f"{dtype} {peak / 1e12:.2f}" for dtype, peak in peaks.items())
     print(f"TFLOP/s of a large matrix product: {shown}")
     for section in args.only:
+        if torch.device(args.device).type == "cuda":
+            torch.cuda.empty_cache()  # other processes use this GPU
         tree[section] = SECTIONS[section](args, peaks)
         if args.json:  # now, for the next section may be interrupted
             files.write_text(args.json, json.dumps(tree, indent=1) + "\n")

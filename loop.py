@@ -190,15 +190,15 @@ def trained_parts(run, learner, teacher, lr, decay_everything=False):
     """The parts of a stage that training changes: learner (on its device), optimizer, scaler.
 
     With several processes, the learner's batch norms and drops become those of the whole batch.
-    --compile compiles its calls in a step and the teacher's, if there is one: they have one size.
-    Scoring, at any size, is not compiled.
+    --compile compiles its calls in a step and the teacher's, if there is one: they have one size in
+    a stage, and each stage has graphs of its own. Scoring, at any size, is not compiled.
     """
     learner = learner.to(run.device).to(memory_format=torch.channels_last)
     if run.world > 1:
         learner = parallel.share_statistics(learner, run.device)
     if run.args.compile:
         for module in filter(None, (learner, teacher)):
-            module.compile()
+            module.compile(dynamic=False)
     groups = parameter_groups(learner, run.args.weight_decay, decay_everything)
     return dict(
         learner=learner,

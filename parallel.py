@@ -69,11 +69,13 @@ def rank_and_world():
 def start(device):
     """Join the processes that torchrun started, on NCCL or gloo. Returns this process's device."""
     device = get_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            device = get_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
-        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    many, cuda = int(os.environ.get("WORLD_SIZE", 1)) > 1, device.type == "cuda"
+    if many and cuda:
+        device = get_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    if cuda and device.index is not None:
+        torch.cuda.set_device(device)  # and nothing is put onto the first
+    if many:
+        backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
         patience = datetime.timedelta(hours=12)  # while one process decodes a large data set
         dist.init_process_group(backend, timeout=patience)
     return device

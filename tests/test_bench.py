@@ -42,6 +42,11 @@ def options(**other):
 # correctness is not traded
 
 
+def graphs():
+    """How many graphs were compiled."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def run(folder, out, *words):
     """60 steps of nano; its mIoU."""
     length = "--student nano --method none --max-iters 60 --crop-size 64 --batch-size 8 --lr 3e-3"
@@ -138,8 +143,20 @@ def test_a_training_run_ends_where_float32_ends(place, trained, tmp_path, monkey
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert run(place, tmp_path / "run", *variant) == pytest.approx(trained[2], abs=0.02)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs == ("--compile" in variant)  # whole, and none for scoring's other size
+    assert graphs() == ("--compile" in variant)  # whole, and none for scoring's other size
+
+
+def test_compiled_stages_of_unlike_batch_sizes_have_a_graph_for_each_net(
+    place, tmp_path, monkeypatch
+):
+    """A batch of any size would be one graph for both, and cannot be: its maps are resized."""
+    quick = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", quick)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    two = "--compile --teacher nano --method transkd-base --teacher-batch-size 2 --max-iters 2"
+    run(place, tmp_path / "run", *two.split(), "--teacher-init", "scratch")
+    assert graphs() == 3  # the teacher that learns, the student, the teacher that teaches
 
 
 # ------------------------------------------------------------------------------------------------
@@ -251,20 +268,30 @@ def test_everything(monkeypatch, tmp_path, capsys):
     assert "naive" in said and "as one run" in said and (tmp_path / "b.png").stat().st_size > 5000
 
 
-def test_what_does_not_fit_into_memory_is_told_and_left_out(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "out of memory: --batch-size 2 is too",
+        ),
+        (RuntimeError("no C compiler"), "failed: RuntimeError('no C compiler')"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_and_left_out(monkeypatch, capsys, error, said):
     real = bench.in_processes
 
-    def full(work, call):
+    def failing(work, call):
         if call[2] == "naive" or call[1] == "kd":
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return real(work, call)
 
-    monkeypatch.setattr(bench, "in_processes", full)
+    monkeypatch.setattr(bench, "in_processes", failing)
     monkeypatch.setattr(methods, "METHODS", {k: methods.METHODS[k] for k in ("none", "kd")})
     words = ["--only", "step", "methods", "--method", "none", "--variants", "naive", "float32"]
     command(*words)
     lines = capsys.readouterr().out.splitlines()
-    told = [line.split()[0] for line in lines if "out of memory: --batch-size" in line]
+    told = [line.split()[0] for line in lines if said in line]
     assert told == ["naive", "kd"]
     assert any(line.startswith("float32") and "1.00x" in line for line in lines)
 
