@@ -41,6 +41,13 @@ class Packed:
     def __len__(self):
         return len(self.index)
 
+    def __reduce__(self):
+        """Pickled, for worker processes that are no forks: maps are opened again, not copied."""
+        if isinstance(self.images, np.memmap):
+            folder = Path(self.images.filename).parent
+            return open_packed, (folder, len(self), self.labels is not None)
+        return Packed, (self.images, self.labels, self.index)
+
     def pair(self, i):
         return self.image(i), self.label(i)
 

@@ -35,7 +35,7 @@ FACTS = dict(mean=MINE[0], std=MINE[1], void=None)
 
 @pytest.fixture(autouse=True)
 def whole_float32():
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 

@@ -1,6 +1,7 @@
 """Layouts, the label table, the cache, few labels."""
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -144,6 +145,15 @@ def test_cache_holds_what_the_files_hold(folder, tmp_path):
     assert isinstance(files, data.Files) and contents(cached) == contents(files)
     elsewhere = data.open_split(dataset, "train", folder, cache_dir=tmp_path / "c")
     assert contents(elsewhere) == contents(files) and list((tmp_path / "c").iterdir())
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_workers_that_are_no_forks_open_the_cache_again(folder, cache):
+    dataset = catalog.open_dataset("folder", folder)
+    split = data.open_split(dataset, "train", folder, cache=cache)
+    pickled = pickle.dumps(split)
+    assert len(pickled) < 5000 < sum(split.image(i).nbytes for i in range(len(split)))
+    assert contents(pickle.loads(pickled)) == contents(split)
 
 
 def test_a_shorter_side_in_cache_and_files(folder):
