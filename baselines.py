@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import c2vkd
 import manifold
 import tat
-from distill import conv_bn, cwd, hcl, matched, valid_mean
+from distill import Method, conv_bn, cwd, hcl, matched, valid_mean
 from manifold import gram_difference
 from model import to_tokens
 from nets import draws, full_precision
@@ -48,15 +48,13 @@ def class_masks(labels, size, classes):
 # maps compared position by position
 
 
-class PixelKD(nn.Module):
+class PixelKD(Method):
     """Soft-label distillation of every pixel (Hinton et al., arXiv 1503.02531, for dense outputs).
 
     T^2 * KL(softmax(teacher / T) || softmax(student / T)) over the classes, averaged over the
     pixels of the stride-4 logits, or, of classifiers' logits (B, K), over the images. Labels
     are not used, so pixels without one count too.
     """
-
-    needs_teacher = needs_head = True
 
     def __init__(self, student_channels, teacher_channels, kd_weight=1.0, temperature=1.0):
         super().__init__()
@@ -71,14 +69,12 @@ class PixelKD(nn.Module):
         return {"kd": self.weight * self.T**2 * kl.mean()}
 
 
-class FitNet(nn.Module):
+class FitNet(Method):
     """FitNets (Romero et al., arXiv 1412.6550, eq. 3): the student's map, projected.
 
     mean (Conv1x1(s) - t)^2 of the decoded maps, or of the maps of stage fitnet_layer = "1" .. "4".
     The paper trains up to that layer first; here, as in CIRKD's scripts, all is trained at once.
     """
-
-    needs_teacher = True
 
     def __init__(
         self, student_channels, teacher_channels, widths, fitnet_weight=10.0, fitnet_layer="decoded"
@@ -99,13 +95,11 @@ class FitNet(nn.Module):
         return {"fitnet": self.weight * F.mse_loss(self.project(s).float(), t)}
 
 
-class AttentionTransfer(nn.Module):
+class AttentionTransfer(Method):
     """AT (Zagoruyko & Komodakis, arXiv 1612.03928, eq. 2): mean (a_s - a_t)^2 of `attention`.
 
     The weight is 1e4 because of the mean over h*w positions, where the paper has a norm.
     """
-
-    needs_teacher = needs_head = True
 
     def __init__(self, student_channels, teacher_channels, at_weight=1e4):
         super().__init__()
@@ -116,7 +110,7 @@ class AttentionTransfer(nn.Module):
         return {"at": self.weight * F.mse_loss(s, t)}
 
 
-class ChannelWise(nn.Module):
+class ChannelWise(Method):
     """CWD (Shu et al., arXiv 2011.13256): `distill.cwd` of the decoded maps and of the logits.
 
     Where the widths differ, a 1x1 conv brings the student's decoded map to the teacher's channels.
@@ -124,8 +118,6 @@ class ChannelWise(nn.Module):
     term C_t / C_s times as large: for B2 -> B0 that is `--cwd-feature-weight 15`. A weight of 0
     leaves its part out. (CIRKD reports B0 taught this way by B4 as worse than B0 alone.)
     """
-
-    needs_teacher = needs_head = True
 
     def __init__(
         self,
@@ -153,7 +145,7 @@ class ChannelWise(nn.Module):
         return terms
 
 
-class KnowledgeReview(nn.Module):
+class KnowledgeReview(Method):
     """KR (Chen et al., arXiv 2104.09044): the four stages, fused from deep to shallow; HCL.
 
         x_i = BN(Conv1x1(F_i));  m_4 = x_4;  r = upsample(m_{i+1})    64 channels, nearest
@@ -166,7 +158,7 @@ class KnowledgeReview(nn.Module):
     fifth level, 1x1, and 256 or 512 channels.
     """
 
-    needs_teacher, needs_head = True, False
+    needs_head = False
 
     def __init__(self, student_channels, teacher_channels, review_weight=1.0):
         super().__init__()
@@ -197,14 +189,12 @@ class KnowledgeReview(nn.Module):
 # relations between positions, or between channels
 
 
-class StructuredKD(nn.Module):
+class StructuredKD(Method):
     """SKD (Liu et al., arXiv 1903.04197), its pair-wise term: the similarity of any two positions.
 
     The decoded maps are max-pooled 2x2; mean (cos(s_i, s_j) - cos(t_i, t_j))^2 over all pairs i, j
     of an image. Its pixel-wise term is kd; the adversarial ("holistic") one is left out.
     """
-
-    needs_teacher = needs_head = True
 
     def __init__(self, student_channels, teacher_channels, skd_weight=10.0):
         super().__init__()
@@ -216,14 +206,12 @@ class StructuredKD(nn.Module):
         return {"skd": self.weight * gram_difference(s, t).mean()}
 
 
-class IntraClassVariation(nn.Module):
+class IntraClassVariation(Method):
     """IFVD (Wang et al., ECCV 2020): how far each pixel is from the mean of its class in its image.
 
     v = cos(f, mean f of the class); mean (v_s - v_t)^2 over the pixels with a label, labels taken
     by nearest neighbour at the map's size. (The published code counts those without as 0.)
     """
-
-    needs_teacher = needs_head = True
 
     def __init__(self, student_channels, teacher_channels, ifvd_weight=20.0):
         super().__init__()
@@ -244,7 +232,7 @@ class IntraClassVariation(nn.Module):
         return {"ifvd": self.weight * valid_mean(difference.square(), masks.any(dim=1))}
 
 
-class DoubleSimilarity(nn.Module):
+class DoubleSimilarity(Method):
     """DSD (Feng et al., IEEE TIP 2021): pixel-wise (PSD) and category-wise (CSD) similarity.
 
         PSD: mean (r_s - r_t)^2, r = normalize(attention(logits) - attention(decoded)) over h*w
@@ -254,8 +242,6 @@ class DoubleSimilarity(nn.Module):
     Rows of P sum to 1 over thousands of positions: CSD is tiny, about 1e-9 on random logits, and
     has hardly any effect at its published weight. A weight of 0 leaves its part out.
     """
-
-    needs_teacher = needs_head = True
 
     def __init__(
         self, student_channels, teacher_channels, dsd_psd_weight=1000.0, dsd_csd_weight=10.0
@@ -310,7 +296,7 @@ def push(queue, at, rows, filled):
     at.copy_((at + filled.sum(dim=1)) % queue.shape[1])
 
 
-class CIRKD(nn.Module):
+class CIRKD(Method):
     """CIRKD (Yang et al., arXiv 2204.06986): a pixel's similarities, within and across images.
 
     Each term is a mean over pixels of KL(teacher || student) of softmax(cosines / 0.1):
@@ -331,8 +317,6 @@ class CIRKD(nn.Module):
     CIRKD's SegFormer table was made; other versions take 4 (the newest only on large maps). batch
     pairs each image with itself too.
     """
-
-    needs_teacher = needs_head = True
 
     def __init__(
         self,

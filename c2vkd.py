@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from distill import IGNORE, valid_mean
+from distill import IGNORE, Method, valid_mean
 from files import UserError
 from manifold import gram_difference
 from model import to_map, to_tokens
@@ -135,7 +135,7 @@ class AttentionPool(nn.Module):
         return F.linear(y, self.c_proj_weight, self.c_proj_bias)  # (B, D)
 
 
-class C2VKD(nn.Module):
+class C2VKD(Method):
     """PDD of the logits, VLFD of the deepest maps: the student's stage 4, the teacher's layer4.
 
     A 1x1 convolution without bias brings the student's to the teacher's channels; then both are
@@ -151,8 +151,6 @@ class C2VKD(nn.Module):
     c2vkd_language. Without it that term is left out: no other pool can replace it. That it was
     RN101's is a guess from its dimensions.
     """
-
-    needs_teacher = needs_head = True
 
     def __init__(
         self,
@@ -179,9 +177,9 @@ class C2VKD(nn.Module):
         c, C = student_channels[3], teacher_channels[3]
         self.project = nn.Conv2d(c, C, 1, bias=False)
         self.pool = self.describe = None
-        self.note = "c2vkd: without its linguistic term, which needs --c2vkd-clip"
-        if c2vkd_clip:
-            self.note = ""
+        if not c2vkd_clip:
+            self.note = "c2vkd: without its linguistic term, which needs --c2vkd-clip"
+        else:
             self.pool = AttentionPool(c2vkd_clip, C)
             self.describe = nn.Linear(c, self.pool.width)
 

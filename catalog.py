@@ -362,8 +362,8 @@ def files_in(folder, suffixes=IMAGE_SUFFIXES):
     if not folder.is_dir():
         raise Missing(f"{folder}: no such folder")
     found = {}
-    inside = sorted(e.name for e in os.scandir(folder) if is_image(e.name, suffixes))
-    for path in map(folder.joinpath, inside):
+    names = sorted(e.name for e in os.scandir(folder) if is_image(e.name, suffixes))
+    for path in map(folder.joinpath, names):
         if path.stem in found:
             both = f"{found[path.stem].name} and {path.name}"
             raise UserError(f"{folder}: {both} have the same stem, remove one of them")

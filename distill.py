@@ -8,12 +8,12 @@ Segmentation", arXiv 2202.13393): what a student learns from a teacher in additi
 
     L = CE(logits, labels) + sum_i HCL(Fhat_i, F_i^T) + sum_i alpha_i MSE(P_i, E_i^T)
 
-A method is an nn.Module built from the channels of student and teacher and called as
+A `Method` is built from the channels of student and teacher and called as
 `method(student, teacher, images, labels)` with two `nets.Output`s. It returns a dict of named,
 weighted scalars for the loop to sum and log. Its parameters, the adapters, train with the student's
 and are then discarded: the deployed student has none of them. `needs_teacher` tells whether the
 teacher is run at all, `needs_head` whether its head is: if not, its logits and decoded map are
-None.
+None. `replaces_ce`: the cross-entropy with the labels is left out. `note`: a line to print.
 
 To learn TransKD read `hcl`, `CrossSelectiveFusion`, `PatchEmbeddingAlignment`, `TransKD.forward`.
 """
@@ -163,6 +163,30 @@ def conv_bn(c_in, c_out, kernel):
     return nn.Sequential(conv, nn.BatchNorm2d(c_out))
 
 
+def plain_squeeze(mid, squeeze):
+    return nn.Sequential(nn.Conv2d(mid, squeeze, 1, bias=False), nn.ReLU())
+
+
+class ReleasedSqueeze(nn.Module):
+    """CSF's squeeze as the authors released it: ReLU(BN(Conv1x1)), and at batch 1, where a batch
+    norm of a 1x1 map has nothing to normalise, a second, separate ReLU(Conv1x1).
+
+    At batch 2 that BN maps any two samples to a value and its negative: hardly any information on
+    the image is left in the attention.
+    """
+
+    def __init__(self, mid, squeeze):
+        super().__init__()
+        self.many, self.single = plain_squeeze(mid, squeeze), plain_squeeze(mid, squeeze)
+        self.many.insert(1, nn.BatchNorm2d(squeeze))
+
+    def forward(self, g):
+        used, unused = self.many, self.single
+        if len(g) * rank_and_world()[1] == 1:  # one image over all processes
+            used, unused = unused, used
+        return used(g + sum(0 * p.sum() for p in unused.parameters()))  # DDP wants all gradients
+
+
 class CrossSelectiveFusion(nn.Module):
     """CSF, of TransKD. Student maps (B, c_i, H_i, W_i) -> (B, C_i, H_i, W_i).
 
@@ -173,40 +197,23 @@ class CrossSelectiveFusion(nn.Module):
         m_i = a_x * x_i + a_r * r
         Fhat_i = BN(Conv3x3(m_i))                            the teacher's channels
 
-    norm="none", the default: squeeze = ReLU(Conv1x1).
-    norm="batch": as the authors released it, ReLU(BN(Conv1x1)), and at batch 1, where a batch norm
-    of a 1x1 map has nothing to normalise, a second, separate ReLU(Conv1x1). At batch 2 that BN maps
-    any two samples to a value and its negative: hardly any information on the image is left in
-    the attention.
+    squeeze = ReLU(Conv1x1), or with norm="batch" a `ReleasedSqueeze`.
     """
 
     def __init__(self, student_channels, teacher_channels, norm="none", mid=64, squeeze=32):
         super().__init__()
-        self.norm = norm
         self.reduce = nn.ModuleList(conv_bn(c, mid, 1) for c in student_channels)
         self.expand = nn.ModuleList(conv_bn(mid, c, 3) for c in teacher_channels)
-        self.squeeze, self.squeeze_single = nn.ModuleList(), nn.ModuleList()
-        self.attend_x, self.attend_r = nn.ModuleList(), nn.ModuleList()
+        self.squeeze, self.attend_x, self.attend_r = (nn.ModuleList() for _ in range(3))
         for _ in student_channels[:-1]:  # the last stage has nothing deeper to fuse with
-            layers = [nn.Conv2d(mid, squeeze, 1, bias=False), nn.ReLU()]
-            if norm == "batch":
-                layers.insert(1, nn.BatchNorm2d(squeeze))
-                single = nn.Conv2d(mid, squeeze, 1, bias=False)
-                self.squeeze_single.append(nn.Sequential(single, nn.ReLU()))
-            self.squeeze.append(nn.Sequential(*layers))
+            make = ReleasedSqueeze if norm == "batch" else plain_squeeze
+            self.squeeze.append(make(mid, squeeze))
             self.attend_x.append(nn.Conv2d(squeeze, mid, 1))
             self.attend_r.append(nn.Conv2d(squeeze, mid, 1))
 
     def fuse(self, i, x, r):
         r = F.interpolate(r, size=x.shape[2:], mode="nearest")  # (B, 64, H_i, W_i), like x
-        g = (x + r).mean(dim=(2, 3), keepdim=True)  # (B, 64, 1, 1)
-        squeeze = self.squeeze[i]
-        if self.norm == "batch":
-            unused = self.squeeze_single[i]
-            if len(g) * rank_and_world()[1] == 1:  # one image over all processes
-                squeeze, unused = unused, squeeze
-            g = g + sum(0 * p.sum() for p in unused.parameters())  # DDP wants a gradient for all
-        z = squeeze(g)  # (B, 32, 1, 1)
+        z = self.squeeze[i]((x + r).mean(dim=(2, 3), keepdim=True))  # (B, 32, 1, 1)
         a = torch.stack([self.attend_x[i](z), self.attend_r[i](z)]).softmax(dim=0)
         # a: (2, B, 64, 1, 1)
         return a[0] * x + a[1] * r  # (B, 64, H_i, W_i)
@@ -301,7 +308,15 @@ class PatchEmbeddingAlignment(nn.Module):
 # the methods
 
 
-class NoDistillation(nn.Module):
+class Method(nn.Module):
+    """What all methods have in common; see above."""
+
+    needs_teacher = needs_head = True
+    replaces_ce = False  # whether the cross-entropy of the labels is left out
+    note = ""  # to be printed
+
+
+class NoDistillation(Method):
     """The student alone: no terms, no parameters, no teacher."""
 
     needs_teacher = needs_head = False
@@ -313,7 +328,7 @@ class NoDistillation(nn.Module):
         return {}
 
 
-class TransKD(nn.Module):
+class TransKD(Method):
     """TransKD-Base, -GL or -EA (variant "base", "gl", "ea"): CSF with HCL, plus PEA with MSE.
 
     feature_loss: "hcl" or, in its place, "cwd"; "none" leaves CSF out (PEA alone).
@@ -324,7 +339,7 @@ class TransKD(nn.Module):
     (has_embeddings), so only CSF can learn from it.
     """
 
-    needs_teacher, needs_head = True, False
+    needs_head = False
 
     def __init__(
         self,
@@ -344,6 +359,14 @@ class TransKD(nn.Module):
         self.feature_loss = FEATURE_LOSSES[feature_loss] if feature_weight else None
         self.feature_weight, self.embed_weight = feature_weight, embed_weight
         stages = EMBED_STAGES[embed] if embed_weight else ()
+        self.alpha = ALPHA if embed == "all" else (1.0,)
+        self.csf = self.pea = None
+        if self.feature_loss:
+            self.csf = CrossSelectiveFusion(student_channels, teacher_channels, csf_norm)
+        if stages:
+            self.pea = PatchEmbeddingAlignment(
+                student_channels, teacher_channels, stages, variant, gl_init, gl_residual
+            )
         no_maps, no_tokens, no_mixer = not self.feature_loss, not stages, variant != "gl"
         for idle, what in (
             (no_maps and no_tokens, "feature maps and embeddings both left out"),
@@ -360,14 +383,6 @@ class TransKD(nn.Module):
             raise UserError(
                 f"transkd-{variant}: a CNN teacher has no patch embeddings to align with; "
                 "--method transkd-base --embed none distils its feature maps alone"
-            )
-        self.alpha = ALPHA if embed == "all" else (1.0,)
-        self.csf = self.pea = None
-        if self.feature_loss:
-            self.csf = CrossSelectiveFusion(student_channels, teacher_channels, csf_norm)
-        if stages:
-            self.pea = PatchEmbeddingAlignment(
-                student_channels, teacher_channels, stages, variant, gl_init, gl_residual
             )
 
     def forward(self, student, teacher, images, labels):

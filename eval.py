@@ -305,7 +305,8 @@ def label_photos(net, facts, args, views):
             unread.append(e)
             print(f"{k + 1}/{len(paths)} {e}")
             continue
-        x = prepare(image, facts, model.photo_side(facts)).to(args.device)
+        side = model.photo_side(facts) or max(32, min(image.shape[:2]))  # no net takes less
+        x = prepare(image, facts, side).to(args.device)
         with autocast(args.device, args.dtype):
             ids = predict(net, x, image.shape[:2], **views).argmax(dim=1)[0]
         ids = ids.to(torch.uint8).cpu().numpy()

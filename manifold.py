@@ -19,9 +19,8 @@ The whole table is large. Three parts of it are used instead:
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from distill import matched
+from distill import Method, matched
 from files import UserError
 from model import to_tokens
 from nets import full_precision
@@ -61,7 +60,7 @@ def cuts(s, t, rows):
     )
 
 
-class Manifold(nn.Module):
+class Manifold(Method):
     """Cosines between tokens of a stage, compared with the teacher's: patches, samples, random.
 
     manifold_stages: the stages (1 to 4) whose maps are compared, student's i with teacher's i; the
@@ -77,7 +76,7 @@ class Manifold(nn.Module):
     `samples` is 0.
     """
 
-    needs_teacher, needs_head = True, False
+    needs_head = False
 
     def __init__(
         self,

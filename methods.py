@@ -36,90 +36,69 @@ COUNT = (int, 1, 10**9)
 FLAGS = {
     "csf_norm": (
         ("none", "batch"),
-        "batch: CSF exactly as released, with its batch norm of 1x1 maps (default none)",
+        "batch: CSF exactly as released, with its batch norm of 1x1 maps",
     ),
     "feature_loss": (
         tuple(distill.FEATURE_LOSSES),
-        "how TransKD compares feature maps; none: PEA alone (default hcl)",
+        "how TransKD compares feature maps; none: PEA alone",
     ),
     "embed": (
         tuple(distill.EMBED_STAGES),
-        "stages whose patch embeddings TransKD aligns; none: CSF alone (default all)",
+        "stages whose patch embeddings TransKD aligns; none: CSF alone",
     ),
-    "feature_weight": (WEIGHT, "factor of TransKD's feature terms (default 1)"),
-    "embed_weight": (WEIGHT, "factor of TransKD's embedding terms (default 1)"),
-    "gl_init": ((float, -1e9, 1e9), "start of GL-Mixer's two scalars (default 0.5)"),
+    "feature_weight": (WEIGHT, "factor of TransKD's feature terms"),
+    "embed_weight": (WEIGHT, "factor of TransKD's embedding terms"),
+    "gl_init": ((float, -1e9, 1e9), "start of GL-Mixer's two scalars"),
     "gl_residual": (bool, "GL-Mixer adds its input, as an option of the authors' code does"),
-    "tat_axis": (
-        ("teacher", "student"),
-        "whose positions TaT's softmax runs over (default teacher)",
-    ),
-    "tat_patch": (COUNT, "positions along a side of TaT's patches (default 8)"),
-    "tat_group": (COUNT, "patches that TaT stacks to a group (default 4)"),
-    "tat_anchors": (COUNT, "anchor points along a side (default 32)"),
-    "tat_patch_weight": (WEIGHT, "weight of the patch groups (default 1.6)"),
-    "tat_anchor_weight": (WEIGHT, "weight of the anchor points (default 0.64)"),
-    "manifold_stages": ([1, 2, 3, 4], "stages whose tokens are compared (default 4)"),
-    "manifold_patch_weight": (
-        WEIGHT,
-        "weight of relations between tokens of one image (default 4)",
-    ),
-    "manifold_sample_weight": (
-        WEIGHT,
-        "weight of relations between images at one position (default 0.1)",
-    ),
-    "manifold_random_weight": (
-        WEIGHT,
-        "weight of relations between tokens drawn at random (default 0.2)",
-    ),
-    "manifold_rows": (COUNT, "how many tokens are drawn (default 192)"),
+    "tat_axis": (("teacher", "student"), "whose positions TaT's softmax runs over"),
+    "tat_patch": (COUNT, "positions along a side of TaT's patches"),
+    "tat_group": (COUNT, "patches that TaT stacks to a group"),
+    "tat_anchors": (COUNT, "anchor points along a side"),
+    "tat_patch_weight": (WEIGHT, "weight of the patch groups"),
+    "tat_anchor_weight": (WEIGHT, "weight of the anchor points"),
+    "manifold_stages": ([1, 2, 3, 4], "stages whose tokens are compared"),
+    "manifold_patch_weight": (WEIGHT, "weight of relations between tokens of one image"),
+    "manifold_sample_weight": (WEIGHT, "weight of relations between images at one position"),
+    "manifold_random_weight": (WEIGHT, "weight of relations between tokens drawn at random"),
+    "manifold_rows": (COUNT, "how many tokens are drawn"),
     "c2vkd_pdd": (
         ("binary", "dkd"),
-        "which reading of PDD: label against all else, or DKD's two parts (default binary)",
+        "which reading of PDD: label against all else, or DKD's two parts",
     ),
-    "c2vkd_alpha": (WEIGHT, "weight of the label's part of PDD (default 0.5)"),
-    "c2vkd_beta": (WEIGHT, "weight of the other classes' part of PDD (default 0.5)"),
+    "c2vkd_alpha": (WEIGHT, "weight of the label's part of PDD"),
+    "c2vkd_beta": (WEIGHT, "weight of the other classes' part of PDD"),
     "c2vkd_ce": (bool, "add the cross-entropy, which the release leaves out"),
-    "c2vkd_global": (WEIGHT, "weight of the maps' KL over channels (default 0.1)"),
-    "c2vkd_graph": (WEIGHT, "weight of their Gram matrices' term (default 0.1)"),
-    "c2vkd_language": (WEIGHT, "weight of the linguistic term (default 0.5)"),
+    "c2vkd_global": (WEIGHT, "weight of the maps' KL over channels"),
+    "c2vkd_graph": (WEIGHT, "weight of their Gram matrices' term"),
+    "c2vkd_language": (WEIGHT, "weight of the linguistic term"),
     "c2vkd_clip": (
         str,
         "file with CLIP's visual.attnpool tensors; without it there is no linguistic term",
     ),
-    "kd_weight": (WEIGHT, "weight of the soft labels' term (default 1)"),
-    "temperature": ((float, 1e-3, 1e3), "of kd's softmax: higher, softer (default 1)"),
-    "fitnet_weight": (WEIGHT, "weight of fitnet's term (default 10)"),
+    "kd_weight": (WEIGHT, "weight of the soft labels' term"),
+    "temperature": ((float, 1e-3, 1e3), "of kd's softmax: higher, softer"),
+    "fitnet_weight": (WEIGHT, "weight of fitnet's term"),
     "fitnet_layer": (
         ("decoded", "1", "2", "3", "4"),
-        "which maps it compares: the decoded ones, or a stage's (default decoded)",
+        "which maps it compares: the decoded ones, or a stage's",
     ),
-    "at_weight": (WEIGHT, "weight of at's term (default 10000)"),
-    "cwd_feature_weight": (WEIGHT, "weight of cwd's term of the decoded maps (default 5)"),
-    "cwd_logit_weight": (WEIGHT, "weight of cwd's term of the logits (default 0.3)"),
-    "cwd_temperature": ((float, 1e-3, 1e3), "of cwd's softmax over positions (default 4)"),
-    "review_weight": (WEIGHT, "weight of review's term (default 1)"),
-    "skd_weight": (WEIGHT, "weight of skd's pair-wise term (default 10)"),
-    "ifvd_weight": (WEIGHT, "weight of ifvd's term (default 20)"),
-    "dsd_psd_weight": (WEIGHT, "weight of dsd's pixel-wise term (default 1000)"),
-    "dsd_csd_weight": (WEIGHT, "weight of dsd's category-wise term (default 10)"),
-    "cirkd_batch_weight": (WEIGHT, "weight of cirkd's term within the batch (default 1)"),
-    "cirkd_pixel_weight": (WEIGHT, "weight of the term of its queues of pixels (default 0.1)"),
-    "cirkd_region_weight": (WEIGHT, "weight of the term of its queues of regions (default 0.1)"),
-    "cirkd_pool": (
-        COUNT,
-        "side of the squares of pixels averaged for the term within the batch (default 2)",
-    ),
-    "cirkd_pixel_queue": (COUNT, "pixels remembered per class (default 2000)"),
-    "cirkd_region_queue": (COUNT, "regions remembered per class (default 2000)"),
-    "cirkd_pixel_contrast": (
-        COUNT,
-        "how many remembered pixels a step compares with (default 4096)",
-    ),
-    "cirkd_region_contrast": (
-        COUNT,
-        "how many remembered regions a step compares with (default 1024)",
-    ),
+    "at_weight": (WEIGHT, "weight of at's term"),
+    "cwd_feature_weight": (WEIGHT, "weight of cwd's term of the decoded maps"),
+    "cwd_logit_weight": (WEIGHT, "weight of cwd's term of the logits"),
+    "cwd_temperature": ((float, 1e-3, 1e3), "of cwd's softmax over positions"),
+    "review_weight": (WEIGHT, "weight of review's term"),
+    "skd_weight": (WEIGHT, "weight of skd's pair-wise term"),
+    "ifvd_weight": (WEIGHT, "weight of ifvd's term"),
+    "dsd_psd_weight": (WEIGHT, "weight of dsd's pixel-wise term"),
+    "dsd_csd_weight": (WEIGHT, "weight of dsd's category-wise term"),
+    "cirkd_batch_weight": (WEIGHT, "weight of cirkd's term within the batch"),
+    "cirkd_pixel_weight": (WEIGHT, "weight of the term of its queues of pixels"),
+    "cirkd_region_weight": (WEIGHT, "weight of the term of its queues of regions"),
+    "cirkd_pool": (COUNT, "side of the squares of pixels averaged for the term within the batch"),
+    "cirkd_pixel_queue": (COUNT, "pixels remembered per class"),
+    "cirkd_region_queue": (COUNT, "regions remembered per class"),
+    "cirkd_pixel_contrast": (COUNT, "how many remembered pixels a step compares with"),
+    "cirkd_region_contrast": (COUNT, "how many remembered regions a step compares with"),
 }
 # option: the weight of the term that it belongs to, without which it has no effect
 ACTS_BY = {
@@ -138,7 +117,13 @@ ACTS_BY = {
 def add_flags(parser, flags=FLAGS):
     """Add a command-line flag for each option of the methods."""
     group = parser.add_argument_group("options of single methods")
+    parameters = [p for m in METHODS.values() for p in inspect.signature(m).parameters.values()]
+    defaults = {p.name: p.default for p in parameters}
     for name, (kind, text) in flags.items():
+        default = defaults.get(name)
+        default = default[0] if isinstance(default, tuple) else default
+        if default and "default" not in text:
+            text += f" (default {default if isinstance(default, str) else format(default, 'g')})"
         if kind is bool:
             options = dict(action="store_const", const=True)
         elif kind is str:
@@ -163,7 +148,7 @@ def chosen(args, flags=FLAGS):
     return {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
 
 
-class Together(nn.Module):
+class Together(distill.Method):
     """Several methods at once: `--method a+b`."""
 
     def __init__(self, methods):
@@ -171,7 +156,7 @@ class Together(nn.Module):
         self.methods = nn.ModuleDict(methods)
         self.needs_teacher = any(m.needs_teacher for m in methods.values())
         self.needs_head = any(m.needs_head for m in methods.values())
-        self.replaces_ce = any(getattr(m, "replaces_ce", False) for m in methods.values())
+        self.replaces_ce = any(m.replaces_ce for m in methods.values())
 
     def forward(self, student, teacher, images, labels):
         terms = {}
@@ -213,11 +198,6 @@ def build_method(
         mine = options.keys() & parameters
         own = {k: options[k] for k in mine} | {k: nets[k] for k in nets.keys() & parameters}
         built[name] = methods[name](student_channels, teacher_channels, **own)
-        for attribute in ("needs_teacher", "needs_head"):
-            if not hasattr(built[name], attribute):
-                raise UserError(
-                    f"method '{name}' does not say {attribute}: set it to True or False"
-                )
         taken |= mine
         weights = [k for k in parameters if k.endswith("_weight")]
         if weights and all(options.get(k) == 0 for k in weights):

@@ -63,10 +63,6 @@ def collect(jobs):
     return tree
 
 
-def all_runs(groups):
-    return [run for rows in groups.values() for runs in rows.values() for run in runs]
-
-
 def mean(runs, key="miou"):
     return statistics.mean(run[key] for run in runs)
 
@@ -190,7 +186,8 @@ def title_of(dataset, groups, plan):
 
 def section(dataset, groups, plan, jobs, path):
     """Lines on a data set or a pair of classifiers; writes its plot beside the file `path`."""
-    places = sorted({run["where"] for run in all_runs(groups)})
+    done = [run for rows in groups.values() for runs in rows.values() for run in runs]
+    places = sorted({run["where"] for run in done})
     lines = [f"## {title_of(dataset, groups, plan)}", "", plan["note"], ""]
     lines += [f"Ran on: {'; '.join(places)}.", ""]
     nets = [dataset.split()[-1]] if "photos" in groups else [plan["teacher"], plan["student"]]

@@ -57,7 +57,7 @@ PAPER |= dict(label_stride=4, normalise="none", short_side=None)
 IMAGENET = {f"b{n}": f"nvidia/mit-b{n}" for n in range(6)} | cnn.MODELS
 IMAGENET |= {f"pvt_v2_b{n}": f"OpenGVLab/pvt_v2_b{n}" for n in range(6)}
 FINE_TUNING_LR = 6e-5  # low, so that pre-trained weights keep what they have learned
-PAPER_EPOCHS, PAPER_DECAY_EPOCHS = 1000, 1500
+PAPER_EPOCHS = 1000
 PAPER_DECIDES = ("short_side", "crop_size", "scale", "warmup")
 OF_A_TEACHER = "teacher teacher_init teacher_lr teacher_iters teacher_batch_size".split()
 # smallest and largest value of the flags that are numbers

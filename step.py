@@ -12,7 +12,8 @@ from torch import nn
 import augment
 import distill
 from files import UserError
-from settings import PAPER_DECAY_EPOCHS
+
+PAPER_DECAY_EPOCHS = 1500  # TransKD's schedule ends there, its training after 1000
 
 
 class Learner(nn.Module):
@@ -24,7 +25,7 @@ class Learner(nn.Module):
     def __init__(self, student, method, ce=distill.cross_entropy):
         super().__init__()
         self.student, self.method = student, method
-        self.ce = None if getattr(method, "replaces_ce", False) else ce
+        self.ce = None if method.replaces_ce else ce
 
     def forward(self, images, labels, teacher, **ce_options):
         """{name: loss term}. teacher: its Output, or None; ce_options: further arguments of ce."""

@@ -27,7 +27,7 @@ An image classifier's last map is small enough to compare whole: WholeTaT, for p
 import torch.nn.functional as F
 from torch import nn
 
-from distill import conv_bn, matched, to_grid
+from distill import Method, conv_bn, matched, to_grid
 from model import to_tokens
 from nets import full_precision
 
@@ -85,7 +85,7 @@ def anchor_points(x, anchors):
     return [to_tokens(F.avg_pool2d(x, window))]
 
 
-class TaT(nn.Module):
+class TaT(Method):
     """Patch-group and anchor-point terms between the `decoded` maps of student and teacher.
 
     The student's map s is average-pooled to half its size, rounded up (stride 8); the teacher's map
@@ -104,8 +104,6 @@ class TaT(nn.Module):
 
     The authors' teacher runs in training mode; ours does not, as in all methods here.
     """
-
-    needs_teacher = needs_head = True
 
     def __init__(
         self,
@@ -147,7 +145,7 @@ class TaT(nn.Module):
         return terms
 
 
-class WholeTaT(nn.Module):
+class WholeTaT(Method):
     """The ImageNet variant: all positions of the last map at once, t its own key and target.
 
         q = BN(Conv3x3(s))    v = BN(Conv3x3(s))    k = t    tat_weight * L(q, k, v, t)
@@ -157,7 +155,7 @@ class WholeTaT(nn.Module):
     + 0.1 TaT.
     """
 
-    needs_teacher, needs_head = True, False
+    needs_head = False
 
     def __init__(self, student_channels, teacher_channels, tat_axis="teacher", tat_weight=0.2):
         super().__init__()

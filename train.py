@@ -51,7 +51,7 @@ from step import Learner, Teacher, mean_count
 @dataclasses.dataclass(kw_only=True)
 class Run(loop.Run):
     dataset: catalog.Dataset
-    train: object  # what the teacher learns from; a split, data.Packed or data.Files, like all four
+    train: object  # what the teacher learns from: a split, such as data.Packed, like all four
     few: object  # what the student learns from: the same, or --student-images of them
     unlabelled: object  # the split of --unlabelled, or ()
     val: object  # what scores both
@@ -74,24 +74,23 @@ def open_run(args):
     common = loop.start(args, batch_sizes, ("teacher.pt", "student.pt"))
     dataset = catalog.open_dataset(args.dataset, args.data_dir)
     cache = (args.data_dir, args.cache, args.cache_dir, args.cache_gb)
-    names = ["train", "val", *filter(None, [args.unlabelled])]
-    sides = dict.fromkeys(names, args.short_side) | dict(val=None)  # its labels stay as they are
-    train, val, *unlabelled = parallel.first_then_others(
-        lambda: [data.open_split(dataset, name, *cache, sides[name]) for name in names]
+    sides = dict.fromkeys(filter(None, ["train", "val", args.unlabelled]), args.short_side)
+    sides["val"] = None  # its labels stay as they are
+    splits = parallel.first_then_others(
+        lambda: {name: data.open_split(dataset, name, *cache, side) for name, side in sides.items()}
     )
+    train, val = splits["train"], splits["val"]
     if args.workers is None:
         busy = common["device"].type == "cuda" or isinstance(train, data.Files)
         args.workers = parallel.spare_cores() if busy else 0
     if args.max_iters is None:  # the paper's recipe
         n = args.student_images or len(train)
         args.max_iters = PAPER_EPOCHS * math.ceil(n / args.batch_size)
-        if args.teacher:
-            teacher_iters = PAPER_EPOCHS * math.ceil(len(train) / args.teacher_batch_size)
-            args.teacher_iters = args.teacher_iters or teacher_iters
+        if args.teacher and args.teacher_iters is None:
+            args.teacher_iters = PAPER_EPOCHS * math.ceil(len(train) / args.teacher_batch_size)
     if args.teacher and args.teacher_iters is None:
         args.teacher_iters = args.max_iters
-    height, width = train.image(0).shape[:2]
-    whiten = args.normalise == "imagenet"
+    whiten, paper = args.normalise == "imagenet", args.recipe == "paper"
     facts = dict(
         dataset=args.dataset,
         classes=list(dataset.classes),
@@ -104,24 +103,22 @@ def open_run(args):
         dtype=args.dtype,
     )
     crop = tuple(args.crop_size * 2)[:2]  # one number: height and width
-    augmentation = dict(colour=args.colour, label_stride=args.label_stride)
-    if args.recipe == "paper":
+    if paper:
         facts |= dict(short_side=512, resize=512)
+        height, width = train.image(0).shape[:2]
         scale = 512 / min(height, width)
         crop = (int(height * scale + 0.5), int(width * scale + 0.5))
-        augmentation |= dict(fit=True)
-    else:
-        augmentation |= dict(scale=tuple(args.scale))
     loop.claim(common["out"], common["rank"])
     few = data.subset(train, args.student_images) if args.student_images else train
-    splits = dict(dataset=dataset, train=train, few=few, val=val)
-    splits["unlabelled"] = unlabelled[0] if unlabelled else ()
-    run = Run(
-        args=args, **common, **splits, augment=augment.Augment(crop, **augmentation), facts=facts
+    mine = dict(dataset=dataset, train=train, few=few, val=val, facts=facts)
+    mine["unlabelled"] = splits.get(args.unlabelled, ())
+    mine["augment"] = augment.Augment(
+        crop, tuple(args.scale), colour=args.colour, fit=paper, label_stride=args.label_stride
     )
-    run.data = dict(classes=list(dataset.classes), train=len(train), val=len(val))
-    run.data |= dict(unlabelled=len(run.unlabelled))
-    run.data["checksum of names and sizes"] = data.fingerprint(dataset, names)
+    run = Run(args=args, **common, **mine)
+    run.data = dict(classes=facts["classes"], train=len(train), val=len(val))
+    run.data["unlabelled"] = len(run.unlabelled)
+    run.data["checksum of names and sizes"] = data.fingerprint(dataset, sides)
     if args.resume:
         loop.resume(run)
     check_stage_labels(run)
@@ -160,7 +157,7 @@ def run_stage(run, stage, name, spec="none", teacher=None):
     if lr is None:  # --teacher-lr was not given
         lr = args.lr if init == "scratch" else min(args.lr, FINE_TUNING_LR)
     method = method_of(args, spec, net, teacher and teacher[0])
-    for note in [m.note for m in method.modules() if getattr(m, "note", "")]:
+    for note in [m.note for m in method.modules() if isinstance(m, distill.Method) and m.note]:
         run.print(note)
     extra = model.count_parameters(method)
     n_images = len(run.images(stage))
@@ -172,6 +169,81 @@ def run_stage(run, stage, name, spec="none", teacher=None):
         model.save(path, net, **run.facts)
     loop.save_state(run)
     return loop.freeze(net, run.device), run.facts
+
+
+def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
+    """Train `net`: (the net to keep, with --ema its running average; the seconds it took)."""
+    args = run.args
+    split = run.images(stage)
+    paper = args.recipe == "paper"
+    weights = None if method.replaces_ce else class_weights(run, split)
+    ce = functools.partial(distill.cross_entropy, class_weights=weights)
+    learner = Learner(net, method, ce)
+    mean, std = run.facts["mean"], run.facts["std"]
+    frozen = None
+    if method.needs_teacher:
+        frozen = Teacher(*teacher, mean, std, method.needs_head, args.dtype)
+    parts = loop.trained_parts(run, learner, frozen, lr, decay_everything=paper)
+    if args.ema:
+        average = get_ema_multi_avg_fn(args.ema)
+        parts["ema"] = AveragedModel(net, multi_avg_fn=average, use_buffers=True)
+    schedule = dict(peak=lr, total=iters, warmup=args.warmup)
+    if paper:  # of all images, labelled or not: the schedules of all students end alike
+        images = run.train if stage == "teacher" else run.few
+        schedule["paper_epoch"] = math.ceil(len(images) / batch_size)
+    batches = make_batches(run, split, batch_size)
+    terms = functools.partial(loss_terms, run, frozen)
+    scoring = functools.partial(score, run, stage, facts=run.facts)
+
+    def count(batches):
+        return mean_count([batch["label"] for batch in batches], weights, run.device)
+
+    counting = count if args.accumulate > 1 else None
+    seconds = loop.run_steps(run, stage, parts, batches, terms, schedule, scoring, counting)
+    return (parts["ema"].module if args.ema else net), seconds
+
+
+def make_batches(run, split, batch_size):
+    """Host batches of a split, by number: `accumulate` of them make a batch of batch_size."""
+    part_size = batch_size // run.args.accumulate
+    return augment.Batches(split, part_size, run.args.seed, run.augment, run.rank, run.world)
+
+
+def loss_terms(run, frozen, learner, batch, count=None):
+    """Forward passes of the frozen teacher, if there is one, and the student: {name: term}."""
+    facts = run.facts
+    images, labels = augment.device_batch(batch, run.device, facts["mean"], facts["std"])
+    with evaluation.autocast(run.device, run.args.dtype):
+        return learner(images, labels, frozen and frozen(images), count=count)
+
+
+def class_weights(run, split):
+    """The paper's weights (K,) for the split's labels, on the device; None if not used."""
+    if run.args.class_weights == "none":
+        return None
+    with only_first_prints(run):
+        return data.class_weights(split, len(run.dataset.classes)).to(run.device)
+
+
+def record(run, stage, net, facts, steps, seconds):
+    """Put a finished net's scores and costs into the run's results, for metrics.json."""
+    costs = flops.measure_named(net.name, net.num_classes, run.augment.crop)
+    metrics = score(run, stage, net, steps, facts)
+    run.results[stage] = dict(model=net.name, steps=steps, seconds=seconds) | costs | metrics
+
+
+def score(run, stage, net, step, facts):
+    """Metrics on the val split; every process scores its share of it."""
+    options = (run.device, run.args.dtype, run.args.protocol, run.args.eval_batch_size)
+    options += (run.dataset.parts_of("val"),)
+    metrics = evaluation.evaluate(net, run.val, facts, *options)
+    run.print(f"{stage:7s} {step:6d} mIoU {evaluation.percent(metrics['miou'])}")
+    run.log(stage=stage, step=step, miou=metrics["miou"], pixel_acc=metrics["pixel_acc"])
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------
+# what a stage starts from, and its teacher
 
 
 def start_from(run, stage, net, init):
@@ -213,11 +285,6 @@ def check_student_init(run):
             parallel.first_then_others(lambda: model.load_weights(net, args.student_init))
 
 
-def only_first_prints(run):
-    """A context in which only process 0 prints."""
-    return contextlib.nullcontext() if run.rank == 0 else contextlib.redirect_stdout(None)
-
-
 def find_teacher(run):
     """The teacher of --teacher-ckpt, scored like one trained here: (net, facts)."""
     net, facts = parallel.first_then_others(lambda: model.load(run.args.teacher_ckpt))
@@ -231,73 +298,9 @@ def find_teacher(run):
     return net, facts
 
 
-def record(run, stage, net, facts, steps, seconds):
-    """Put a finished net's scores and costs into the run's results, for metrics.json."""
-    costs = flops.measure_named(net.name, net.num_classes, run.augment.crop)
-    metrics = score(run, stage, net, steps, facts)
-    run.results[stage] = dict(model=net.name, steps=steps, seconds=seconds) | costs | metrics
-
-
-def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
-    """Train `net`: (the net to keep, with --ema its running average; the seconds it took)."""
-    args = run.args
-    split = run.images(stage)
-    paper = args.recipe == "paper"
-    weights = None if getattr(method, "replaces_ce", False) else class_weights(run, split)
-    ce = functools.partial(distill.cross_entropy, class_weights=weights)
-    learner = Learner(net, method, ce)
-    mean, std = run.facts["mean"], run.facts["std"]
-    frozen = None
-    if method.needs_teacher:
-        frozen = Teacher(*teacher, mean, std, method.needs_head, args.dtype)
-    parts = loop.trained_parts(run, learner, frozen, lr, decay_everything=paper)
-    if args.ema:
-        average = get_ema_multi_avg_fn(args.ema)
-        parts["ema"] = AveragedModel(net, multi_avg_fn=average, use_buffers=True)
-    schedule = dict(peak=lr, total=iters, warmup=args.warmup)
-    schedule |= dict(paper_epoch=math.ceil(len(split) / batch_size) if paper else None)
-    batches = make_batches(run, split, batch_size)
-    terms = functools.partial(loss_terms, run, frozen)
-    scoring = functools.partial(score, run, stage, facts=run.facts)
-
-    def count(batches):
-        return mean_count([batch["label"] for batch in batches], weights, run.device)
-
-    counting = count if args.accumulate > 1 else None
-    seconds = loop.run_steps(run, stage, parts, batches, terms, schedule, scoring, counting)
-    return (parts["ema"].module if args.ema else net), seconds
-
-
-def make_batches(run, split, batch_size):
-    """Host batches of a split, by number: `accumulate` of them make a batch of batch_size."""
-    part_size = batch_size // run.args.accumulate
-    return augment.Batches(split, part_size, run.args.seed, run.augment, run.rank, run.world)
-
-
-def loss_terms(run, frozen, learner, batch, count=None):
-    """Forward passes of the frozen teacher, if there is one, and the student: {name: term}."""
-    facts = run.facts
-    images, labels = augment.device_batch(batch, run.device, facts["mean"], facts["std"])
-    with evaluation.autocast(run.device, run.args.dtype):
-        return learner(images, labels, frozen and frozen(images), count=count)
-
-
-def class_weights(run, split):
-    """The paper's weights (K,) for the split's labels, on the device; None if not used."""
-    if run.args.class_weights == "none":
-        return None
-    with only_first_prints(run):
-        return data.class_weights(split, len(run.dataset.classes)).to(run.device)
-
-
-def score(run, stage, net, step, facts):
-    """Metrics on the val split; every process scores its share of it."""
-    options = (run.device, run.args.dtype, run.args.protocol, run.args.eval_batch_size)
-    options += (run.dataset.parts_of("val"),)
-    metrics = evaluation.evaluate(net, run.val, facts, *options)
-    run.print(f"{stage:7s} {step:6d} mIoU {evaluation.percent(metrics['miou'])}")
-    run.log(stage=stage, step=step, miou=metrics["miou"], pixel_acc=metrics["pixel_acc"])
-    return metrics
+def only_first_prints(run):
+    """A context in which only process 0 prints."""
+    return contextlib.nullcontext() if run.rank == 0 else contextlib.redirect_stdout(None)
 
 
 # ------------------------------------------------------------------------------------------------

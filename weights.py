@@ -258,9 +258,10 @@ def folder_facts(folder):
         facts["heads"] = tuple(config.get("num_attention_heads") or ()) or None
         names = config.get("id2label") or {}
         facts["classes"] = [str(names[str(k)]) for k in range(len(names))] or None
-        if inputs.get("do_normalize", True):
-            for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-                facts[ours] = [float(v) for v in inputs.get(theirs) or ()] or None
+        for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+            facts[ours] = [float(v) for v in inputs.get(theirs) or ()] or None
+        if not inputs.get("do_normalize", True):
+            facts |= dict(mean=[0.0] * 3, std=[1.0] * 3)
         size = inputs.get("size") if inputs.get("do_resize", True) else None
         # for photos; scoring need not resize to it: Cityscapes is scored at the files' own size
         facts["short_side"] = size and int(min(size.values()) if isinstance(size, dict) else size)

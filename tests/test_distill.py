@@ -198,7 +198,7 @@ def test_released_csf_norm_knows_two_branches(monkeypatch):
     """At batch 2 its batch norm makes z of one sample minus that of the other; at batch 1 another
     layer is used. Every parameter has a gradient in both, as DDP needs."""
     csf = distill.CrossSelectiveFusion(STUDENT, TEACHER, norm="batch")
-    conv, bn, _ = csf.squeeze[0]
+    conv, bn, _ = csf.squeeze[0].many
     g = torch.randn(2, 64, 1, 1)
     z = bn(conv(g))[:, :, 0, 0]
     assert torch.allclose(z[0], -z[1], atol=1e-5) and z.abs().max() < 1.001
@@ -206,12 +206,12 @@ def test_released_csf_norm_knows_two_branches(monkeypatch):
         csf.zero_grad()
         sum(f.square().sum() for f in csf(output(STUDENT, batch=batch).features)).backward()
         assert all(p.grad is not None for p in csf.parameters())
-        assert csf.squeeze_single[0][0].weight.grad.any() == (batch == 1)
-        assert csf.squeeze[0][0].weight.grad.any() == (batch == 2)
+        assert csf.squeeze[0].single[0].weight.grad.any() == (batch == 1)
+        assert csf.squeeze[0].many[0].weight.grad.any() == (batch == 2)
     monkeypatch.setattr(distill, "rank_and_world", lambda: (1, 2))
     csf.eval().zero_grad()  # the norm would be synchronised
     sum(f.square().sum() for f in csf(output(STUDENT, batch=1).features)).backward()
-    assert csf.squeeze[0][0].weight.grad.any()  # two images in all
+    assert csf.squeeze[0].many[0].weight.grad.any()  # two images in all
 
 
 def test_default_csf_does_not_mix_samples_in_its_attention():

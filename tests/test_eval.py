@@ -351,6 +351,18 @@ def test_photos(tmp_path, ckpt, capsys):
     assert Image.open(out / "b.png_overlay.png").size == (90, 50)
 
 
+def test_a_photo_smaller_than_any_net_takes_is_labelled_too(tmp_path):
+    """A checkpoint that names no size of photos: others go in at their own."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for name, size in (("a", (60, 20)), ("b", (60, 40))):
+        Image.new("RGB", size, "white").save(photos / f"{name}.png")
+    model.save(tmp_path / "net.pt", model.build("nano", 3), **FACTS | dict(short_side=None))
+    run("--ckpt", tmp_path / "net.pt", "--image", photos, "--out-dir", out)
+    assert Image.open(out / "a_ids.png").size == (60, 20)
+    assert Image.open(out / "b_ids.png").size == (60, 40)
+
+
 def test_scenes_can_be_scored_and_labelled_by_a_perfect_net():
     """The whole path on real pictures: a 'net' that is told the answer scores 1."""
     pairs = Pairs(catalog.read_pair(i, None) for i in (1_000_000, 1_000_001))

@@ -101,6 +101,7 @@ def test_recipe_paper_decays_everything_and_changes_the_rate_once_an_epoch(
     monkeypatch.setattr(loop, "run_steps", spy)
     monkeypatch.setattr(settings, "fast_dtype", lambda device: "bfloat16")
     small = "--student nano --recipe paper --method none --max-iters 1 --dataset folder".split()
+    small += ["--student-labels", "2"]
     where = ["--data-dir", str(folder), "--out-dir", str(tmp_path / "out")]
     args = train.get_args([*small, *where])
     train.main(args)

@@ -245,6 +245,11 @@ def test_preprocessor_and_config_are_obeyed(tmp_path):
     _, facts = model.load(tmp_path)
     assert (facts["mean"], facts["std"]) == ([0.5] * 3, [0.25] * 3)
     assert (facts["resize"], facts["short_side"]) == (None, 512)  # photos are resized, scores not
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(config | dict(do_normalize=False))
+    )
+    _, facts = model.load(tmp_path)
+    assert (facts["mean"], facts["std"]) == ([0.0] * 3, [1.0] * 3)  # images in [0, 1]
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | dict(num_attention_heads=[1] * 4)))
     with pytest.raises(UserError, match=r"heads \(1, 1, 1, 1\)"):
