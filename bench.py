@@ -489,10 +489,10 @@ def check(args):
         raise UserError(f"--size {args.size[0]}x{args.size[1]}: 64x64 at least")
     for name in ("batch_size", "num_classes", "seconds", "batches"):
         value = getattr(args, name)
-        if np.min(value) <= 0:
-            raise UserError(f"{files.as_flag(name)} {value}: must be positive")
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers}: must not be negative")
+        if not 0 < np.min(value) <= np.max(value) < 10**9:
+            raise UserError(f"{files.as_flag(name)} {value}: must be positive, and below 10^9")
+    if not 0 <= args.workers <= 256:
+        raise UserError(f"--workers {args.workers}: from 0 to 256")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot {args.plot}: a file that ends in .png, .pdf or .svg")
     for path in filter(None, (args.json, args.plot)):

@@ -170,6 +170,7 @@ def open_packed(folder, n, with_labels=True):
         maps = [np.memmap(folder / name, np.uint8, "r") for name in names]
         pixels = index[:, :2].prod(axis=1).sum()
         whole = len(index) == n and [len(m) for m in maps] == [3 * pixels, pixels][: len(maps)]
+        whole = whole and np.array_equal(index, index_of(index[:, :2]))
     except (OSError, ValueError, EOFError, IndexError):
         whole = False
     if not whole:
@@ -312,7 +313,7 @@ def check_labels(split, classes, whose):
     see = "what `python data.py check` says of them"
     if not len(found):
         raise UserError(f"the labels of the {whose} are void all over: nothing to learn; see {see}")
-    if len(found) == 1 and len(classes) > 1:
+    if len(found) == 1:  # perhaps masks of 0 and 255
         print(
             f"!!! the labels of the {whose} know one class only, '{classes[found[0]]}': see {see}"
         )

@@ -418,8 +418,10 @@ def main(args):
         raise UserError(f"--stride {args.stride}: 1 to --window, or there would be gaps")
     if not all(0 < s <= 16 for s in args.scales) or args.batch_size < 1:
         raise UserError("--scales must be above 0 and up to 16, --batch-size at least 1")
-    if args.short_side is not None and (args.short_side < 32 or args.protocol == "paper"):
-        raise UserError("--short-side: at least 32, and 512 with --protocol paper by itself")
+    if args.short_side is not None and args.protocol == "paper":
+        raise UserError("--short-side: with --protocol paper it is 512 by itself")
+    if args.short_side is not None and not 32 <= args.short_side <= 8192:
+        raise UserError(f"--short-side {args.short_side}: from 32 to 8192")
     if args.out_dir and not args.image:
         raise UserError("--out-dir goes with --image; --save-preds writes what is scored")
     if args.save_preds and args.protocol == "paper":

@@ -35,6 +35,16 @@ def installed(package):
     return importlib.util.find_spec(package) is not None
 
 
+LESS = "Use smaller batches or images, or --accumulate 2 in training."
+ADVICE = {  # words in the error messages of torch and numpy: what to do
+    "out of memory": LESS,
+    "DefaultCPUAllocator": LESS,
+    "Unable to allocate": LESS,
+    "DataLoader worker": "For want of memory? Pass fewer --workers; a training goes on with "
+    "--resume from where it was saved.",
+}
+
+
 def cli(main, args):
     """Run a script's main; a UserError becomes one line on stderr and exit code 2.
 
@@ -43,6 +53,9 @@ def cli(main, args):
     """
     if "WORLD_SIZE" not in os.environ:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for stream in (sys.stdout, sys.stderr):  # names of any language, on any terminal
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
     except KeyboardInterrupt:
@@ -51,13 +64,14 @@ def cli(main, args):
     except BrokenPipeError:  # as by | head: nobody reads what Python flushes on exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except RuntimeError as e:
-        if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
+    except (RuntimeError, MemoryError) as e:
+        said = (str(e) or "out of memory.").splitlines()[0]
+        advice = [advice for words, advice in ADVICE.items() if words in said]
+        if not advice:
             raise
-        advice = "Use smaller batches or images, or --accumulate 2 in training."
-        print(f"error: {str(e).splitlines()[0]} {advice}", file=sys.stderr)
+        print(f"error: {said} {advice[0]}", file=sys.stderr)
         sys.exit(2)
-    except (UserError, OSError, MemoryError) as e:  # a full disk, a folder without permission
+    except (UserError, OSError) as e:  # a full disk, a folder without permission
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 
@@ -143,5 +157,8 @@ def load_tensors(path):
         raise UserError(f"{path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as e:
+        raise UserError(f"{path}: no permission to read it") from e
     except Exception as e:  # unpickling rubbish can raise anything
-        raise UserError(f"{path}: not a checkpoint of tensors ({type(e).__name__})") from e
+        what = f"not a checkpoint of tensors ({type(e).__name__})"
+        raise UserError(f"{path}: {what}: cut off, damaged, or another kind of file") from e

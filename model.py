@@ -13,6 +13,7 @@ nets of others.py consist of the same blocks; they and the CNN teachers of cnn.p
 `build` and `load`, and are called the same way.
 """
 
+import hashlib
 import math
 import re
 
@@ -322,6 +323,21 @@ def save(path, net, **facts):
     )
 
 
+def fingerprint(net):
+    """A hash of a net's weights."""
+    found = hashlib.sha256()
+    for name, x in net.state_dict().items():
+        found.update(name.encode() + x.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def check_finite(source, state):
+    """UserError if weights are not numbers: the training that wrote them had failed."""
+    bad = [k for k, x in state.items() if not x.isfinite().all()]
+    if bad:
+        raise UserError(f"{source}: its weights are not all finite: {some(bad, 2)}")
+
+
 def load(source):
     """(net in eval mode, facts) of a complete checkpoint: a file, a folder or a name on the hub.
 
@@ -338,10 +354,17 @@ def load(source):
     wrong = [listed(missing, "missing"), listed(misshapen, "of another shape")]
     if any(wrong):
         raise UserError(f"{source}: damaged, or no {name}: {'; '.join(filter(None, wrong))}")
-    net.load_state_dict({k: v for k, v in state.items() if k in ours}, strict=False)
+    state = {k: v for k, v in state.items() if k in ours}
+    check_finite(source, state)
+    net.load_state_dict(state, strict=False)
     defaults = dict(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD), dtype="float32")
     defaults |= dict.fromkeys(("dataset", "classes", "palette", "short_side", "resize", "void"))
-    return net.eval(), defaults | {k: v for k, v in facts.items() if v is not None}
+    facts = defaults | {k: v for k, v in facts.items() if v is not None}
+    for key, least in (("mean", -math.inf), ("std", 0)):
+        value = facts[key]
+        if len(value) != 3 or not all(least < v < math.inf for v in value):
+            raise UserError(f"{source}: {key} {value}: should be a number for each of RGB")
+    return net.eval(), facts
 
 
 def photo_side(facts):
@@ -397,6 +420,7 @@ def load_weights(net, source):
     ours = net.state_dict()
     fits = {k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}
     check_encoder(net.name, source, state, ours, fits)
+    check_finite(source, fits)
     net.load_state_dict(fits, strict=False)
     print(f"{source}: loaded {len(fits)} of {len(ours)} tensors")
     misshapen = [k for k in state if k in ours and k not in fits]

@@ -12,7 +12,7 @@ from PIL import Image
 
 import downloads
 import scenes
-from catalog import in_parallel, open_dataset, read_mat
+from catalog import DATASETS, in_parallel, open_dataset, read_mat
 from classes import NYU13, NYU40, NYU40_TO_13, NYU_CLASS_38, NYU_CLASS_39, NYU_CLASSES_1_TO_37
 from distill import IGNORE
 from files import Progress, UserError, atomic, write_text
@@ -71,6 +71,11 @@ def download(args):
         for module in ("h5py", "scipy.io"):  # before gigabytes are fetched
             need(module)
     if (root / source["last"]).exists():
+        try:
+            DATASETS[name](root)
+        except UserError as e:
+            what = f"{root / source['last']} is there, but not all of {name}"
+            raise UserError(f"{what} ({e}): remove it, and it is downloaded again") from e
         print(f"{root / source['last']} is there already: nothing to do")
         return
     archives = [root / file["name"] for file in source["files"]]

@@ -67,11 +67,12 @@ LIMITS = dict.fromkeys(
     (1, 10**9),
 )
 LIMITS |= dict.fromkeys(
-    """lr teacher_lr weight_decay clip colour seed eval_every workers save_every log_every
-    cache_gb short_side""".split(),
+    """lr teacher_lr weight_decay clip colour seed eval_every save_every log_every
+    cache_gb""".split(),
     (0, 10**9),
 )
-LIMITS |= dict(warmup=(0, 1), ema=(0, 0.99999)) | methods.limits()
+LIMITS |= dict(workers=(0, 256), short_side=(0, 8192), warmup=(0, 1), ema=(0, 0.99999))
+LIMITS |= methods.limits()
 # flags that may change when a run is resumed; all others may not
 FREE = """out_dir data_dir cache cache_dir cache_gb resume workers device compile eval_every
 eval_batch_size save_every log_every""".split()
@@ -262,8 +263,8 @@ def resolve(args):
         raise UserError("one image at a time needs a --crop-size of 64, for its batch norms")
     if args.short_side and args.short_side < 32:
         raise UserError(f"--short-side {args.short_side}: at least 32, or 0 to leave images alone")
-    if not 0 < args.scale[0] <= args.scale[1]:
-        raise UserError(f"--scale {args.scale}: two positive numbers, the smaller first")
+    if not 0.01 <= args.scale[0] <= args.scale[1] <= 100:
+        raise UserError(f"--scale {args.scale}: two numbers from 0.01 to 100, the smaller first")
     if args.unlabelled in ("train", "val"):
         raise UserError(f"--unlabelled {args.unlabelled}: train and val have parts of their own")
     if args.unlabelled and args.method == "none":

@@ -126,11 +126,12 @@ def open_run(args):
 
 
 def check_stage_labels(run):
-    """UserError if a stage would learn from labels that are all void."""
+    """UserError if labels that a stage learns from, or is scored on, are void all over."""
     with only_first_prints(run):
         if run.args.teacher:
             data.check_labels(run.train, run.dataset.classes, "training images")
         data.check_labels(run.images("alone"), run.dataset.classes, "student's images")
+        data.check_labels(run.val, run.dataset.classes, "validation images")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -145,6 +146,7 @@ def run_stage(run, stage, name, spec="none", teacher=None):
     args, path = run.args, run.out / f"{stage}.pt"
     if stage in run.results:
         net, facts = model.load(path)
+        check_same_net(run, stage, net, path)
         return loop.freeze(net, run.device), facts
     iters, batch_size, lr, init = args.max_iters, args.batch_size, args.lr, args.student_init
     if stage == "teacher":
@@ -230,6 +232,7 @@ def record(run, stage, net, facts, steps, seconds):
     costs = flops.measure_named(net.name, net.num_classes, run.augment.crop)
     metrics = score(run, stage, net, steps, facts)
     run.results[stage] = dict(model=net.name, steps=steps, seconds=seconds) | costs | metrics
+    run.results[stage]["weights"] = model.fingerprint(net)
 
 
 def score(run, stage, net, step, facts):
@@ -292,10 +295,18 @@ def find_teacher(run):
         catalog.check_classes(run.args.teacher_ckpt, net, facts, run.dataset)
     check_method(run.args, net)
     facts = catalog.complete(facts, net.num_classes, run.dataset)
+    check_same_net(run, "teacher", net, run.args.teacher_ckpt)
     loop.freeze(net, run.device)
     if "teacher" not in run.results:
         record(run, "teacher", net, facts, steps=0, seconds=0.0)
     return net, facts
+
+
+def check_same_net(run, stage, net, source):
+    """UserError if a stage is done, and another net lies in its place when the run is resumed."""
+    then, now = run.results.get(stage, {}).get("weights"), model.fingerprint(net)
+    if then not in (None, now):
+        raise UserError(f"--resume: {source} holds other weights now than when this run began")
 
 
 def only_first_prints(run):

@@ -175,6 +175,17 @@ def test_a_shorter_side_in_cache_and_files(folder):
     assert np.array_equal(split.label(1), label[np.ix_(*middles)])
 
 
+def test_an_index_that_points_elsewhere_is_a_damaged_cache(folder):
+    dataset = catalog.open_dataset("folder", folder)
+    data.open_split(dataset, "train", folder)
+    (path,) = folder.glob(".cache/*/index.npy")
+    index = np.load(path)
+    index[1, 2] += 10**9
+    np.save(path, index)
+    with pytest.raises(UserError, match="a damaged cache; remove this folder"):
+        data.open_split(dataset, "train", folder)
+
+
 @pytest.mark.parametrize("name, size", [("index.npy", 0), ("images.bin", 100), ("labels.bin", 0)])
 def test_a_damaged_cache_is_named(folder, name, size):
     dataset = catalog.open_dataset("folder", folder)

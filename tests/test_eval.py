@@ -252,8 +252,11 @@ def test_json_is_one_object_and_nothing_else(capsys, folder, ckpt):
         (["--stride", "64"], "--stride 64: 1 to --window"),
         (["--scales", "0"], "--scales must be above 0"),
         (["--scales", "nan"], "--scales must be above 0"),
-        (["--short-side", "31"], "--short-side: at least 32"),
-        (["--short-side", "64", "--protocol", "paper"], "512 with --protocol paper by itself"),
+        (["--short-side", "31"], "--short-side 31: from 32 to 8192"),
+        (
+            ["--short-side", "64", "--protocol", "paper"],
+            "with --protocol paper it is 512 by itself",
+        ),
         (["--split", "tests"], "folder has no split 'tests': choose train, val"),
         (["--device", "abacus"], "--device abacus: "),
         (["--out-dir", "somewhere"], "--out-dir goes with --image"),

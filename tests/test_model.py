@@ -220,6 +220,23 @@ def test_weights_of_another_net_are_no_start(tmp_path, capsys):
     assert "its head has 256 channels, this one 64: not loaded" in capsys.readouterr().out
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    """Scores of such a net would be those of its first class."""
+    net = model.build("nano", 3)
+    net.head.classifier.bias.data[1] = float("nan")
+    model.save(tmp_path / "a.pt", net)
+    for load in (model.load, lambda path: model.load_weights(model.build("nano", 3), path)):
+        with pytest.raises(files.UserError, match="not all finite: head.classifier.bias"):
+            load(tmp_path / "a.pt")
+
+
+def test_a_mean_for_each_colour(tmp_path):
+    for facts in (dict(mean=[0.5]), dict(std=[0.0] * 3), dict(mean=[float("inf")] * 3)):
+        model.save(tmp_path / "a.pt", model.build("nano", 3), **facts)
+        with pytest.raises(files.UserError, match="should be a number for each of RGB"):
+            model.load(tmp_path / "a.pt")
+
+
 class Bomb:
     def __reduce__(self):
         return (exec, ("raise SystemExit('code in a checkpoint was run')",))

@@ -508,6 +508,9 @@ def test_download_camvid(site, tmp_path, monkeypatch, capsys):
     assert tops == ["train", "train.txt", "trainannot", "val", "valannot"]  # no archive, no Models
     run("download", "camvid", "--data-dir", root)
     assert "is there already: nothing to do" in capsys.readouterr().out and len(site.seen) == 1
+    shutil.rmtree(root / "train")
+    with pytest.raises(UserError, match="valannot is there, but not all of camvid .*: remove it"):
+        run("download", "camvid", "--data-dir", root)
 
 
 def test_download_voc2012(site, tmp_path, monkeypatch, capsys):
@@ -618,14 +621,45 @@ def test_drawn_scenes_are_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
-def test_too_large_for_the_memory_is_one_line(capsys):
-    def large(args):
-        torch.empty(1 << 60)
+def of_torch(args):
+    torch.empty(1 << 60)
 
+
+def of_numpy(args):
+    np.empty(1 << 60, np.uint8)
+
+
+def of_pillow(args):
+    raise MemoryError
+
+
+def of_workers(args):
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nDetails")
+
+
+@pytest.mark.parametrize("want", [of_torch, of_numpy, of_pillow, of_workers])
+def test_too_large_for_the_memory_is_one_line(capsys, want):
     with pytest.raises(SystemExit) as e:
-        files.cli(large, None)
+        files.cli(want, None)
     said = capsys.readouterr().err
-    assert e.value.code == 2 and said.startswith("error: ") and "smaller batches" in said
+    advice = "fewer --workers" if want == of_workers else "smaller batches"
+    assert e.value.code == 2 and advice in said
+    assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_other_errors_are_shown_whole():
+    def bug(args):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        files.cli(bug, None)
+
+
+def test_names_of_any_language_on_any_terminal():
+    code = "import files; files.cli(print, 'Stra\N{LATIN SMALL LETTER SHARP S}e')"
+    env, place = os.environ | dict(PYTHONIOENCODING="ascii"), Path(files.__file__).parent
+    said = subprocess.run([sys.executable, "-c", code], cwd=place, env=env, capture_output=True)
+    assert (said.returncode, said.stdout) == (0, b"Stra\\xdfe\n")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_folder
@@ -461,6 +463,18 @@ def test_resume_to_the_same_bits(folder, tmp_path, whole, stage, step):
     assert [r for r in logs[0] if r[2] is not None] == [r for r in logs[1] if r[2] is not None]
 
 
+def test_no_resume_with_another_teacher(folder, tmp_path, whole):
+    teacher, more = tmp_path / "t.pt", ["--teacher-ckpt", str(tmp_path / "t.pt")]
+    shutil.copy(whole / "alone.pt", teacher)
+    with crash("student", 2):
+        run(folder, tmp_path / "out", *more, "--save-every", "0")
+    shutil.copy(whole / "student.pt", teacher)  # a net of the same kind
+    with pytest.raises(UserError, match="t.pt holds other weights now than when this run began"):
+        run(folder, tmp_path / "out", *more, "--save-every", "0", "--resume")
+    shutil.copy(whole / "alone.pt", teacher)
+    run(folder, tmp_path / "out", *more, "--save-every", "0", "--resume")
+
+
 def test_resume_in_parts_of_a_batch(folder, tmp_path):
     more = ["--method", "none", "--accumulate", "2", "--save-every", "0"]
     run(folder, tmp_path / "whole", *more)
@@ -689,6 +703,13 @@ MISTAKES = {
         lambda d: paint(d, 255, stem="p0"),
         "the labels of the student's images are void all over",
     ),
+    "void validation": (
+        [],
+        lambda d: [paint(d, 255, stem=f"p{i}") for i in (6, 7, 8)],
+        "the labels of the validation images are void all over",
+    ),
+    "scale without end": (["--scale", "1", "inf"], None, "two numbers from 0.01 to 100"),
+    "too many workers": (["--workers", "1000000"], None, "--workers 1000000"),
     "sizes differ": (
         [],
         lambda d: Image.new("L", (40, 40), 1).save(d / "labels/p2.png"),
@@ -707,6 +728,19 @@ def with_and_without_cache(mistakes):
     return [(name, "on") for name in mistakes] + [
         (name, "off") for name, (_, change, _) in mistakes.items() if change
     ]
+
+
+def test_masks_of_0_and_255_are_told(folder, tmp_path, capsys):
+    """Without a list of classes they are one class and void: nothing can be learned."""
+    (folder / "classes.txt").unlink()
+    paint(folder, 0)
+    for path in (folder / "labels").iterdir():
+        label = np.asarray(Image.open(path)).copy()
+        label[:, 10:] = 255
+        Image.fromarray(label).save(path)
+    run(folder, tmp_path / "out", "--method", "none")
+    said = capsys.readouterr().out
+    assert "!!! the labels of the student's images know one class only, 'class 0'" in said
 
 
 def test_labels_of_one_class_are_told(folder, tmp_path, capsys):
