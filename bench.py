@@ -492,7 +492,7 @@ def check(args):
         if not 0 < np.min(value) <= np.max(value) < 10**9:
             raise UserError(f"{files.as_flag(name)} {value}: must be positive, and below 10^9")
     if not 0 <= args.workers <= 256:
-        raise UserError(f"--workers {args.workers}: from 0 to 256")
+        raise UserError(f"--workers {args.workers}: must not be negative, nor above 256")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot {args.plot}: a file that ends in .png, .pdf or .svg")
     for path in filter(None, (args.json, args.plot)):
