@@ -34,19 +34,23 @@ import methods
 import model
 import parallel
 from files import UserError
-from step import Learner, Teacher, parameter_groups, update
+from step import Graphed, Learner, Teacher, parameter_groups, update
 from timing import Stopwatch, hardware, in_processes, matmul_peak, memory, timed
 
-# How a step can be computed; each line adds to the one before it. naive is what the released code
-# does: autograd graph and head for the teacher, heads as drawn in the paper, explicit attention.
-# kept_memory is `parallel.keep_memory`.
+# How a step can be computed; each of the first five adds to the one before it, the others to the
+# fifth. naive is what the released code does: autograd graph and head for the teacher, heads as
+# drawn in the paper, explicit attention. kept_memory is `parallel.keep_memory`, graphs is
+# `step.Graphed`.
+LOW = dict(lean=True, keep=True, channels_last=True, dtype="bfloat16")
 VARIANTS = {
     "naive": {},
     "float32": dict(lean=True),
     "kept_memory": dict(lean=True, keep=True),
     "channels_last": dict(lean=True, keep=True, channels_last=True),
-    "bfloat16": dict(lean=True, keep=True, channels_last=True, dtype="bfloat16"),
-    "compiled": dict(lean=True, keep=True, channels_last=True, dtype="bfloat16", compile=True),
+    "bfloat16": LOW,
+    "graphs": LOW | dict(graphs=True),
+    "compiled": LOW | dict(compile=True),
+    "compiled_graphs": LOW | dict(compile=True, graphs=True),
 }
 FACTS = dict(mean=list(model.IMAGENET_MEAN), std=list(model.IMAGENET_STD))
 FACTS |= dict.fromkeys(("void", "resize", "short_side"))
@@ -118,7 +122,7 @@ def time_step(args, spec, variant, batch_size):
     options = dict(VARIANTS[variant])
     if options.pop("keep", False):
         parallel.keep_memory()
-    dtype = options.get("dtype", "float32")
+    dtype, graphs = options.get("dtype", "float32"), options.pop("graphs", False)
     before = memory(args.device, "now")
     learner, run_teacher = build_step(args, spec, **options)
     if parallel.rank_and_world()[1] > 1:
@@ -129,8 +133,21 @@ def time_step(args, spec, variant, batch_size):
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=False)
     batches = loader(args, batch_size, args.workers)
     watch = Stopwatch(args.device)
+    mark = (lambda name: None) if graphs else watch.mark
     if "compile" not in options:  # the hook would be compiled with the rest
-        learner.student.register_forward_hook(lambda *_: watch.mark("student"))
+        learner.student.register_forward_hook(lambda *_: mark("student"))
+
+    def forward_backward(images, labels):
+        with evaluation.autocast(args.device, dtype):
+            seen = run_teacher(images) if run_teacher else None
+            mark("teacher")
+            terms = wrapped(images, labels, seen)
+        mark("losses")
+        sum(terms.values()).backward()
+        return {name: term.detach() for name, term in terms.items()}
+
+    if graphs:
+        forward_backward = Graphed(forward_backward, args.device)
 
     def step():
         watch.mark("start")
@@ -139,20 +156,16 @@ def time_step(args, spec, variant, batch_size):
         if "channels_last" not in options:
             images = images.contiguous()
         watch.mark("data")
-        with evaluation.autocast(args.device, dtype):
-            seen = run_teacher(images) if run_teacher else None
-            watch.mark("teacher")
-            terms = wrapped(images, labels, seen)
-        watch.mark("losses")
-        sum(terms.values()).backward()
-        watch.mark("backward")
-        update(learner, optimizer, scaler, clip=1.0)
+        forward_backward(images, labels)
+        watch.mark("replay" if graphs else "backward")
+        update(learner, optimizer, scaler, clip=1.0, keep=graphs)
         watch.mark("optimiser")
 
     start = time.time()
     step()
     first = time.time() - start
-    step()
+    for _ in range(Graphed.WARM_UP if graphs else 1):
+        step()
     watch.times.clear()
     seconds, parts = whole_and_parts(step, watch, args.seconds)
     peak = memory(args.device, "peak")
@@ -214,14 +227,16 @@ def bench_step(args, peaks):
             continue
         peak = peaks[VARIANTS[variant].get("dtype", "float32")]
         r["utilisation"] = whole * r["img_s"] / peak
-        r["teacher_utilisation"] = teacher_flops * args.batch_size / r["parts"]["teacher"] / peak
-        rows.append(r)
         parts = [r["parts"].get(name) for name in names]
+        shares = ["-", f"{r['utilisation']:.0%}"]
+        if parts[1]:
+            r["teacher_utilisation"] = teacher_flops * args.batch_size / parts[1] / peak
+            shares[0] = f"{r['teacher_utilisation']:.0%}"
+        rows.append(r)
         parts = "".join(f"{'-' if t is None else round(1000 * t):>10}" for t in parts)
         print(
             f"{variant:14s}{1000 * r['seconds']:7.0f}{rows[0]['seconds'] / r['seconds']:7.2f}x"
-            f"{parts}{gigabytes(r)}{r['img_s']:8.1f}{r['teacher_utilisation']:7.0%}"
-            f"{r['utilisation']:5.0%}",
+            f"{parts}{gigabytes(r)}{r['img_s']:8.1f}{shares[0]:>7s}{shares[1]:>5s}",
             flush=True,
         )
         if "compile" in VARIANTS[variant]:
@@ -445,8 +460,8 @@ def get_args(argv=None):
         "--variants",
         nargs="+",
         choices=VARIANTS,
-        help="of the training step (default: all, but without a GPU not compiled, which takes "
-        "minutes, and not bfloat16 where the device emulates it)",
+        help="of the training step (default: all, but without a GPU no graphs, and not compiled, "
+        "which takes minutes, and not bfloat16 where the device emulates it)",
     )
     p.add_argument("--student", default="b0", help=f"one of {', '.join(model.MODELS)}")
     p.add_argument("--teacher", default="b2", help=f"one of {', '.join(model.NAMES)}")
@@ -477,8 +492,10 @@ def check(args):
     device = parallel.get_device(args.device)
     native = parallel.has_native(device, "bfloat16")
     if args.variants is None:
-        slow = ["compile"] * (device.type == "cpu") + ["dtype"] * (not native)
+        slow = ["compile", "graphs"] * (device.type == "cpu") + ["dtype"] * (not native)
         args.variants = [name for name, options in VARIANTS.items() if not options.keys() & slow]
+    if device.type == "cpu" and any("graphs" in VARIANTS[name] for name in args.variants):
+        raise UserError("--variants: CUDA graphs need a GPU")
     args.dtypes = ["float32"]
     if native or any("dtype" in VARIANTS[name] for name in args.variants):
         args.dtypes.append("bfloat16")

@@ -24,7 +24,7 @@ import files
 import parallel
 from files import UserError
 from settings import recorded
-from step import learning_rate, parameter_groups, update
+from step import Graphed, learning_rate, parameter_groups, update
 from timing import hardware
 
 try:
@@ -73,6 +73,8 @@ def start(args, batch_sizes, results):
     if rank == 0 and not parallel.has_native(device, args.dtype):
         print(f"!!! This {device.type} emulates {args.dtype}: --dtype float32 is many times faster")
     parallel.keep_memory()
+    if args.graphs and (device.type != "cuda" or world > 1):
+        raise UserError("--graphs: CUDA graphs are for a GPU, and a single process")
     for batch in batch_sizes:
         if batch % (world * args.accumulate):
             raise UserError(
@@ -207,13 +209,14 @@ def trained_parts(run, learner, teacher, lr, decay_everything=False):
     )
 
 
-def run_steps(run, stage, parts, batches, loss_terms, schedule, score, count=None):
+def run_steps(run, stage, parts, batches, prepare, loss_terms, schedule, score, count=None):
     """The steps of a stage, from the first or from that in run.state, to schedule["total"].
 
     parts: what `trained_parts` returns and, if there is one, ema, a running average of
-    learner.student; batches: augment.Batches, `accumulate` of them per step;
-    loss_terms(learner, batch): dict of scalars; if `count` is given, count(batches of a step) is
-    its last argument; score(net, step): for --eval-every.
+    learner.student; batches: augment.Batches, `accumulate` of them per step; prepare(batch):
+    images and labels, on the device; loss_terms(learner, images, labels): dict of scalars; if
+    `count` is given, count(batches of a step) is its last argument; score(net, step): for
+    --eval-every.
     Returns the seconds it took, interrupted runs included, scoring excluded.
     """
     args, total = run.args, schedule["total"]
@@ -222,6 +225,14 @@ def run_steps(run, stage, parts, batches, loss_terms, schedule, score, count=Non
     first = restore(run, stage, parts)
     learner, optimizer, scaler = parts["learner"], parts["optimizer"], parts["scaler"]
     wrapped = parallel.wrap(learner, run.device)
+
+    def forward_backward(*inputs):
+        terms = loss_terms(wrapped, *inputs)
+        scaler.scale(sum(terms.values()) / args.accumulate).backward()
+        return {name: term.detach() for name, term in terms.items()}
+
+    if args.graphs:
+        forward_backward = Graphed(forward_backward, run.device)
     numbers = range(first * args.accumulate, total * args.accumulate)
     batches = load(batches, numbers, args.workers, run.device)
     learner.train()
@@ -237,10 +248,9 @@ def run_steps(run, stage, parts, batches, loss_terms, schedule, score, count=Non
             torch.manual_seed(hash((args.seed, step, part)))  # the same in all processes, see Drop
             syncs = run.world == 1 or part == args.accumulate - 1
             with contextlib.nullcontext() if syncs else wrapped.no_sync():
-                terms = loss_terms(wrapped, batch, *counted)
-                scaler.scale(sum(terms.values()) / args.accumulate).backward()
+                terms = forward_backward(*prepare(batch), *counted)
             log.add(step, terms)
-        update(learner, optimizer, scaler, args.clip)
+        update(learner, optimizer, scaler, args.clip, keep=args.graphs)
         if "ema" in parts:
             parts["ema"].update_parameters(learner.student)
         stopping, due = parallel.any_process(run.signals, log.due(step))
@@ -307,7 +317,7 @@ class TrainingLog:
 
     def add(self, step, terms):
         self.names = list(terms)
-        values = torch.stack([t.detach() for t in terms.values()])
+        values = torch.stack([*terms.values()])
         if self.bad is None:  # first step at which a term was not finite
             self.bad = torch.full_like(values, math.inf)
         self.bad = torch.where(values.isfinite(), self.bad, self.bad.clamp(max=step))

@@ -239,10 +239,8 @@ def cross_entropy(logits, targets, weight, smoothing):
     return weight * F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
 
-def loss_terms(run, classes, frozen, learner, batch):
+def loss_terms(run, frozen, learner, images, targets):
     """Forward passes of teacher and student: the dict of loss terms."""
-    mixed = bool(run.args.mixup or run.args.cutmix)
-    images, targets = photos.device_batch(batch, run.device, classes, mixed)
     with autocast(run.device, run.args.dtype):
         return learner(images, targets, frozen and frozen(images))
 
@@ -257,17 +255,20 @@ def train_classifier(run, net, teacher, train, val):
     facts = dict(mean=mean, std=std, void=None)
     frozen = None
     if teacher:
-        frozen = Teacher(teacher, facts, mean, std, method.needs_head, args.dtype)
+        frozen = Teacher(teacher, facts, mean, std, method.needs_head, args.dtype).to(run.device)
     parts = loop.trained_parts(run, learner, frozen, args.lr)
     crops = photos.Crops(args.size, tuple(args.area), args.colour, args.mixup, args.cutmix)
     part_size = args.batch_size // args.accumulate
     batches = augment.Batches(
         train, part_size, args.seed, crops, run.rank, run.world, photos.host_batch
     )
-    terms = functools.partial(loss_terms, run, len(train.classes), frozen)
+    mixed = bool(args.mixup or args.cutmix)
+    shared = dict(device=run.device, num_classes=len(train.classes), mixed=mixed)
+    prepare = functools.partial(photos.device_batch, **shared)
+    terms = functools.partial(loss_terms, run, frozen)
     schedule = dict(peak=args.lr, total=args.max_iters, warmup=args.warmup, decay=args.decay)
     scoring = functools.partial(score, run, val, "encoder")
-    return loop.run_steps(run, "encoder", parts, batches, terms, schedule, scoring)
+    return loop.run_steps(run, "encoder", parts, batches, prepare, terms, schedule, scoring)
 
 
 def hits(logits, labels, k):

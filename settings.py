@@ -74,7 +74,7 @@ LIMITS |= dict.fromkeys(
 LIMITS |= dict(workers=(0, 256), short_side=(0, 8192), warmup=(0, 1), ema=(0, 0.99999))
 LIMITS |= methods.limits()
 # flags that may change when a run is resumed; all others may not
-FREE = """out_dir data_dir cache cache_dir cache_gb resume workers device compile eval_every
+FREE = """out_dir data_dir cache cache_dir cache_gb resume workers device compile graphs eval_every
 eval_batch_size save_every log_every""".split()
 
 
@@ -224,6 +224,13 @@ def add_run_flags(p, eval_batch_size=8):
         help="of autocast (default: what suits the device)",
     )
     p.add_argument("--compile", action=yes_or_no, default=False, help="torch.compile the training")
+    p.add_argument(
+        "--graphs",
+        action=yes_or_no,
+        default=False,
+        help="replay a step as one CUDA graph: for small batches, the kernels of which a GPU "
+        "computes faster than the host launches them",
+    )
     p.add_argument("--eval-every", type=int, default=0, help="also score every N steps")
     p.add_argument(
         "--eval-batch-size", type=int, default=eval_batch_size, help="images of one size at a time"

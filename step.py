@@ -9,7 +9,6 @@ import math
 import torch
 from torch import nn
 
-import augment
 import distill
 from files import UserError
 
@@ -66,14 +65,17 @@ class Teacher(nn.Module):
                 # stays as it was: its variances are many powers of ten apart
                 self.net.get_submodule(name).float().load_state_dict(m.state_dict())
         self.void, self.needs_head = facts["void"], needs_head
-        own = facts["mean"], facts["std"]
-        back = [-m / s for m, s in zip(mean, std)], [1 / s for s in std]  # to [0, 1]
-        self.renormalise = [] if (mean, std) == own else [back, own]
+        # (x * std + mean - own mean) / own std
+        numbers = (torch.tensor(v)[:, None, None] for v in (mean, std, facts["mean"], facts["std"]))
+        mean, std, own_mean, own_std = numbers
+        self.register_buffer("scale", std / own_std, persistent=False)
+        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+        self.renormalises = bool((self.scale != 1).any() or (self.shift != 0).any())
 
     @torch.no_grad()
     def forward(self, images):
-        for mean_std in self.renormalise:
-            images = augment.normalise(images, *mean_std)
+        if self.renormalises:
+            images = images * self.scale + self.shift
         if self.low:
             with torch.autocast(images.device.type, enabled=False):
                 out = self.net(images.bfloat16(), head=self.needs_head)
@@ -111,11 +113,62 @@ def parameter_groups(module, weight_decay, everything=False):
     ]
 
 
-def update(learner, optimizer, scaler, clip):
-    """An optimiser step on the gradients, their norm clipped to `clip` if not 0; clears them."""
+class Graphed:
+    """`work`, on tensors of the same shapes at every call, replayed as one CUDA graph.
+
+    A step launches two thousand kernels, which takes the host longer than a GPU takes to compute a
+    small batch; a graph is one launch. After WARM_UP calls the next one is recorded, and replayed
+    from then on: on copies of the inputs, with the seed of the moment, into the same memory. So
+    gradients must stay where they are (`update` with keep=True).
+
+    work: tensors -> {name: tensor}. It must not wait for the GPU, nor go by values that are there.
+    """
+
+    WARM_UP = 3  # in which libraries choose their kernels, and gradients get their memory
+
+    def __init__(self, work, device):
+        self.work, self.calls, self.graph = work, 0, None
+        self.stream = torch.cuda.Stream(device)  # no graph can be recorded on the usual one
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            usual = torch.cuda.current_stream()
+            self.stream.wait_stream(usual)
+            with torch.cuda.stream(self.stream):
+                outputs = self.work(*inputs)
+            usual.wait_stream(self.stream)
+            return outputs
+        if not self.graph:
+            self.record(inputs)
+        for own, x in zip(self.inputs, inputs):
+            own.copy_(x)
+        self.graph.replay()
+        return self.outputs
+
+    def record(self, inputs):
+        self.inputs = [x.clone() for x in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads may go on to use the GPU, such as that which pins batches
+        options = dict(stream=self.stream, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.graph(self.graph, **options):
+                self.outputs = self.work(*self.inputs)
+        except RuntimeError as e:
+            reason = str(e).splitlines()[0]
+            raise UserError(
+                f"this step cannot be recorded as a CUDA graph ({reason}): do without --graphs"
+            ) from e
+
+
+def update(learner, optimizer, scaler, clip, keep=False):
+    """An optimiser step on the gradients, their norm clipped to `clip` if not 0; clears them.
+
+    keep: their memory stays, filled with 0.
+    """
     scaler.unscale_(optimizer)
     if clip:
         nn.utils.clip_grad_norm_(learner.parameters(), clip)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not keep)

@@ -184,7 +184,7 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
     mean, std = run.facts["mean"], run.facts["std"]
     frozen = None
     if method.needs_teacher:
-        frozen = Teacher(*teacher, mean, std, method.needs_head, args.dtype)
+        frozen = Teacher(*teacher, mean, std, method.needs_head, args.dtype).to(run.device)
     parts = loop.trained_parts(run, learner, frozen, lr, decay_everything=paper)
     if args.ema:
         average = get_ema_multi_avg_fn(args.ema)
@@ -194,14 +194,15 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
         images = run.train if stage == "teacher" else run.few
         schedule["paper_epoch"] = math.ceil(len(images) / batch_size)
     batches = make_batches(run, split, batch_size)
+    prepare = functools.partial(augment.device_batch, device=run.device, mean=mean, std=std)
     terms = functools.partial(loss_terms, run, frozen)
     scoring = functools.partial(score, run, stage, facts=run.facts)
 
     def count(batches):
         return mean_count([batch["label"] for batch in batches], weights, run.device)
 
-    counting = count if args.accumulate > 1 else None
-    seconds = loop.run_steps(run, stage, parts, batches, terms, schedule, scoring, counting)
+    work = prepare, terms, schedule, scoring, count if args.accumulate > 1 else None
+    seconds = loop.run_steps(run, stage, parts, batches, *work)
     return (parts["ema"].module if args.ema else net), seconds
 
 
@@ -211,10 +212,8 @@ def make_batches(run, split, batch_size):
     return augment.Batches(split, part_size, run.args.seed, run.augment, run.rank, run.world)
 
 
-def loss_terms(run, frozen, learner, batch, count=None):
+def loss_terms(run, frozen, learner, images, labels, count=None):
     """Forward passes of the frozen teacher, if there is one, and the student: {name: term}."""
-    facts = run.facts
-    images, labels = augment.device_batch(batch, run.device, facts["mean"], facts["std"])
     with evaluation.autocast(run.device, run.args.dtype):
         return learner(images, labels, frozen and frozen(images), count=count)
 

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 
+import graphs
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ import parallel
 import pretrain
 import settings
 import train
-from step import Learner, Teacher
+from step import Graphed, Learner, Teacher
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MINE = (model.IMAGENET_MEAN, model.IMAGENET_STD)
@@ -125,6 +126,41 @@ def test_a_step_of_every_method(spec):
         assert torch.cosine_similarity(grads, want_grads, dim=0) > 0.9
 
 
+def after_six_steps(spec, recorded):
+    """Loss terms, gradients and batch norms' statistics; the last three steps from a graph."""
+    torch.manual_seed(0)
+    teacher, student = model.build("b0", 6).eval(), model.build("nano", 6)
+    learner = Learner(student, methods.build(spec, student, teacher)).train().to(GPU)
+    look = Teacher(teacher, FACTS, *MINE, learner.method.needs_head).to(GPU)
+
+    def work(images, labels):
+        seen = look(images) if learner.method.needs_teacher else None
+        terms = learner(images, labels, seen)
+        sum(terms.values()).backward()
+        return {name: term.detach() for name, term in terms.items()}
+
+    call = Graphed(work, GPU) if recorded else work
+    generator = torch.Generator().manual_seed(1)
+    for k in range(6):
+        images = torch.randn(4, 3, 64, 96, generator=generator)
+        labels = torch.randint(0, 6, (4, 64, 96), dtype=torch.uint8, generator=generator)
+        learner.zero_grad(set_to_none=False)
+        torch.manual_seed(k)
+        terms = call(images.to(GPU), labels.to(GPU))
+    grads = [p.grad.flatten() for p in learner.parameters() if p.grad is not None]
+    statistics = [b.flatten() for name, b in learner.named_buffers() if "running" in name]
+    return torch.stack([*terms.values()]), torch.cat(grads), torch.cat(statistics)
+
+
+@pytest.mark.parametrize("spec", [*methods.METHODS, "transkd-base+kd"])
+def test_a_replayed_step(spec, monkeypatch):
+    """It computes what a step does that was not recorded, with the same drops."""
+    if GPU.type == "cpu":
+        graphs.without_gpu(monkeypatch)
+    for want, got in zip(after_six_steps(spec, False), after_six_steps(spec, True)):
+        assert (got - want).norm() < 1e-3 * want.norm()
+
+
 def test_a_batch_is_made_alike(place):
     split = data.open_split(catalog.open_dataset("folder", place), "train", cache="off")
     batch = augment.Batches(split, 4, 0, augment.Augment((64, 96)))[0]
@@ -134,7 +170,8 @@ def test_a_batch_is_made_alike(place):
 
 @pytest.mark.parametrize(
     "flags",
-    ["", "--dtype float16", "--dtype float32", "--compile", "--accumulate 2 --ema 0.9"],
+    ["", "--dtype float16", "--dtype float32", "--compile", "--accumulate 2 --ema 0.9"]
+    + ["--graphs", "--graphs --dtype float16", "--graphs --compile", "--graphs --accumulate 2"],
 )
 def test_a_training_learns(place, tmp_path, flags):
     method = "--method transkd-gl --teacher nano --alone"

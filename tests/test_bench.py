@@ -8,6 +8,7 @@ import platform
 import resource
 import time
 
+import graphs
 import numpy as np
 import pytest
 import torch
@@ -42,7 +43,7 @@ def options(**other):
 # correctness is not traded
 
 
-def graphs():
+def compiled_graphs():
     """How many graphs were compiled."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
@@ -143,7 +144,7 @@ def test_a_training_run_ends_where_float32_ends(place, trained, tmp_path, monkey
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert run(place, tmp_path / "run", *variant) == pytest.approx(trained[2], abs=0.02)
-    assert graphs() == ("--compile" in variant)  # whole, and none for scoring's other size
+    assert compiled_graphs() == ("--compile" in variant)  # whole, and none for scoring's other size
 
 
 def test_compiled_stages_of_unlike_batch_sizes_have_a_graph_for_each_net(
@@ -156,7 +157,7 @@ def test_compiled_stages_of_unlike_batch_sizes_have_a_graph_for_each_net(
     torch._dynamo.utils.counters.clear()
     two = "--compile --teacher nano --method transkd-base --teacher-batch-size 2 --max-iters 2"
     run(place, tmp_path / "run", *two.split(), "--teacher-init", "scratch")
-    assert graphs() == 3  # the teacher that learns, the student, the teacher that teaches
+    assert compiled_graphs() == 3  # the teacher that learns, the student, the teacher that teaches
 
 
 # ------------------------------------------------------------------------------------------------
@@ -268,6 +269,17 @@ def test_everything(monkeypatch, tmp_path, capsys):
     assert "naive" in said and "as one run" in said and (tmp_path / "b.png").stat().st_size > 5000
 
 
+def test_a_recorded_step(monkeypatch, capsys):
+    """Of a recorded step, only what is not recorded can be timed by itself."""
+    graphs.without_gpu(monkeypatch)
+    row = bench.time_step(options(), "transkd-base", "graphs", 2)
+    assert row["parts"].keys() == {"data", "replay", "optimiser"}
+    monkeypatch.setattr(bench, "time_alone", lambda *_: row)
+    bench.bench_step(options(variants=["graphs"]), dict(bfloat16=1e12))
+    cells = capsys.readouterr().out.splitlines()[-1].split()
+    assert cells[0] == "graphs" and cells[4:8] == ["-"] * 4 and cells[-2] == "-"
+
+
 @pytest.mark.parametrize(
     "error, said",
     [
@@ -329,6 +341,7 @@ def test_bfloat16_only_where_it_is_no_emulation_unless_asked_for(monkeypatch, na
         (["--method", "magic"], "unknown method 'magic'"),
         (["--size", "32x64"], "--size 32x64: 64x64 at least"),
         (["--batch-size", "0"], "--batch-size 0: must be positive"),
+        (["--variants", "graphs"], "--variants: CUDA graphs need a GPU"),
         (["--batches", "1", "0"], "must be positive"),
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--workers", "-1"], "--workers -1: must not be negative"),

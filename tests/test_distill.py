@@ -114,7 +114,7 @@ def test_to_grid_averages_what_is_larger_and_interpolates_what_is_smaller():
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("size", [(37, 23), (10, 6)])  # of the labels; the second is the logits'
 def test_cross_entropy_and_gradient_at_any_size(monkeypatch, chunk, weighted, size):
-    monkeypatch.setattr(distill, "CHUNK", chunk)
+    monkeypatch.setitem(distill.CHUNK, "cpu", chunk)
     logits = torch.randn(3, 5, 10, 6, requires_grad=True)
     labels = torch.randint(0, 5, (3, *size), dtype=torch.uint8)
     labels[0, :3], labels[2] = 255, 255
@@ -128,7 +128,7 @@ def test_cross_entropy_and_gradient_at_any_size(monkeypatch, chunk, weighted, si
 
 
 def test_cross_entropy_holds_one_image_at_full_size(monkeypatch):
-    monkeypatch.setattr(distill, "CHUNK", 10**6)
+    monkeypatch.setitem(distill.CHUNK, "cpu", 10**6)
     logits = torch.randn(4, 6, 10, 10, requires_grad=True)
     labels = torch.randint(0, 6, (4, 400, 400))
     with Largest() as seen:

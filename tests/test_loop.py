@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 
+import graphs
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ import model
 import settings
 import train
 from files import UserError
-from step import Teacher, update
+from step import Graphed, Teacher, update
 
 MORE = "--method none --class-weights paper --crop-size 64 --max-iters 3 --lr 1e-2 --warmup 0.34"
 NORM = torch.nn.modules.batchnorm._BatchNorm
@@ -67,10 +68,10 @@ def plain_steps(run_, rates, clip):
 def test_steps_are_those_of_plain_torch(accumulate, folder, tmp_path, monkeypatch):
     norms, real = [], loop.update
 
-    def spy(learner, *more):
+    def spy(learner, *more, **options):
         grads = [p.grad for p in learner.parameters()]
         norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
-        real(learner, *more)
+        real(learner, *more, **options)
 
     monkeypatch.setattr(loop, "update", spy)
     more = f"{MORE} --weight-decay 0.1 --clip {TINY_CLIP} --accumulate {accumulate}".split()
@@ -88,15 +89,53 @@ def test_steps_are_those_of_plain_torch(accumulate, folder, tmp_path, monkeypatc
         assert (g - w).norm() < 0.01 * (w - s).norm()
 
 
+@pytest.mark.parametrize("flags", ["", "--accumulate 2", "--ema 0.9 --eval-every 2"])
+def test_a_training_of_recorded_steps_is_the_same(folder, tmp_path, monkeypatch, flags):
+    flags = ["--method", "none", "--max-iters", "7", *flags.split()]
+    run(folder, tmp_path / "a", *flags)
+    graphs.without_gpu(monkeypatch)
+    replayed, real = [], loop.start
+
+    class Counted(torch.cuda.CUDAGraph):
+        def replay(self):
+            replayed.append(self)
+            super().replay()
+
+    def start(args, *more):  # which would want a GPU
+        common = real(args, *more)
+        args.graphs = True
+        return common
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)
+    monkeypatch.setattr(loop, "start", start)
+    run(folder, tmp_path / "b", *flags)
+    want, got = (
+        torch.cat([x.float().flatten() for x in weights(tmp_path / name).values()]) for name in "ab"
+    )
+    assert (got - want).norm() < 1e-4 * want.norm()
+    assert len(replayed) == 7 * (2 if "accumulate" in flags[-2] else 1) - Graphed.WARM_UP
+
+
+def test_what_cannot_be_recorded(folder, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--graphs: CUDA graphs are for a GPU"):
+        run(folder, tmp_path / "a", "--graphs")
+    graphs.without_gpu(monkeypatch)
+    call = Graphed(lambda x: {"a": x / x.sum().item()}, "cpu")
+    for _ in range(Graphed.WARM_UP):
+        call(torch.ones(2))
+    with pytest.raises(UserError, match="not permitted.*: do without --graphs"):
+        call(torch.ones(2))
+
+
 def test_recipe_paper_decays_everything_and_changes_the_rate_once_an_epoch(
     folder, tmp_path, monkeypatch
 ):
     seen = []
     real = loop.run_steps
 
-    def spy(run, stage, parts, batches, terms, schedule, *more):
+    def spy(run, stage, parts, batches, prepare, terms, schedule, *more):
         seen.append((schedule, parts["optimizer"].param_groups))
-        return real(run, stage, parts, batches, terms, schedule, *more)
+        return real(run, stage, parts, batches, prepare, terms, schedule, *more)
 
     monkeypatch.setattr(loop, "run_steps", spy)
     monkeypatch.setattr(settings, "fast_dtype", lambda device: "bfloat16")
