@@ -13,7 +13,9 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -75,6 +77,8 @@ def start(args, batch_sizes, results):
     parallel.keep_memory()
     if args.graphs and (device.type != "cuda" or world > 1):
         raise UserError("--graphs: CUDA graphs are for a GPU, and a single process")
+    if args.compile:
+        check_compiler()
     for batch in batch_sizes:
         if batch % (world * args.accumulate):
             raise UserError(
@@ -91,6 +95,13 @@ def start(args, batch_sizes, results):
             f"{out} holds {results[-1]} but no last.pt to go on from: pass another --out-dir"
         )
     return dict(out=out, device=device, rank=rank, world=world)
+
+
+def check_compiler():
+    """UserError where torch.compile would end in a page of traceback."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if sys.platform != "win32" and not shutil.which(name):
+        raise UserError(f"--compile needs a C++ compiler: no {name} here (CXX names another)")
 
 
 def claim(out, rank):
@@ -199,6 +210,7 @@ def trained_parts(run, learner, teacher, lr, decay_everything=False):
     if run.world > 1:
         learner = parallel.share_statistics(learner, run.device)
     if run.args.compile:
+        run.print("the first step compiles, which can take minutes")
         for module in filter(None, (learner, teacher)):
             module.compile(dynamic=False)
     groups = parameter_groups(learner, run.args.weight_decay, decay_everything)

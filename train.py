@@ -303,8 +303,8 @@ def find_teacher(run):
 
 def check_same_net(run, stage, net, source):
     """UserError if a stage is done, and another net lies in its place when the run is resumed."""
-    then, now = run.results.get(stage, {}).get("weights"), model.fingerprint(net)
-    if then not in (None, now):
+    then = run.results.get(stage, {}).get("weights")
+    if then and then != model.fingerprint(net):
         raise UserError(f"--resume: {source} holds other weights now than when this run began")
 
 

@@ -116,6 +116,13 @@ def test_a_training_of_recorded_steps_is_the_same(folder, tmp_path, monkeypatch,
     assert len(replayed) == 7 * (2 if "accumulate" in flags[-2] else 1) - Graphed.WARM_UP
 
 
+def test_nothing_to_compile_with(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="--compile needs a C.. compiler: no no-such-compiler"):
+        run(folder, tmp_path / "a", "--compile")
+    assert not (tmp_path / "a").exists()
+
+
 def test_what_cannot_be_recorded(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--graphs: CUDA graphs are for a GPU"):
         run(folder, tmp_path / "a", "--graphs")
