@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -77,7 +78,7 @@ def start(args, batch_sizes, results):
     parallel.keep_memory()
     if args.graphs and (device.type != "cuda" or world > 1):
         raise UserError("--graphs: CUDA graphs are for a GPU, and a single process")
-    if args.compile:
+    if args.compile and device.type == "cpu":
         check_compiler()
     for batch in batch_sizes:
         if batch % (world * args.accumulate):
@@ -100,7 +101,7 @@ def start(args, batch_sizes, results):
 def check_compiler():
     """UserError where torch.compile would end in a page of traceback."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if sys.platform != "win32" and not shutil.which(name):
+    if sys.platform != "win32" and not shutil.which(shlex.split(name)[0]):
         raise UserError(f"--compile needs a C++ compiler: no {name} here (CXX names another)")
 
 
@@ -195,6 +196,7 @@ def catch_signals(run):
 
 
 def freeze(net, device):
+    net.zero_grad()  # free what `update` kept
     net.to(device).to(memory_format=torch.channels_last)
     return net.eval().requires_grad_(False)
 

@@ -118,8 +118,8 @@ class Graphed:
 
     A step launches two thousand kernels, which takes the host longer than a GPU takes to compute a
     small batch; a graph is one launch. After WARM_UP calls the next one is recorded, and replayed
-    from then on: on copies of the inputs, with the seed of the moment, into the same memory. So
-    gradients must stay where they are (`update` with keep=True).
+    from then on: with inputs copied to where they were, the seed of the moment, and results where
+    they were. So gradients must stay where they are (`update` with keep=True).
 
     work: tensors -> {name: tensor}. It must not wait for the GPU, nor go by values that are there.
     """
@@ -127,13 +127,13 @@ class Graphed:
     WARM_UP = 3  # in which libraries choose their kernels, and gradients get their memory
 
     def __init__(self, work, device):
-        self.work, self.calls, self.graph = work, 0, None
+        self.work, self.device, self.calls, self.graph = work, device, 0, None
         self.stream = torch.cuda.Stream(device)  # no graph can be recorded on the usual one
 
     def __call__(self, *inputs):
         self.calls += 1
         if self.calls <= self.WARM_UP:
-            usual = torch.cuda.current_stream()
+            usual = torch.cuda.current_stream(self.device)
             self.stream.wait_stream(usual)
             with torch.cuda.stream(self.stream):
                 outputs = self.work(*inputs)
@@ -147,7 +147,7 @@ class Graphed:
         return self.outputs
 
     def record(self, inputs):
-        self.inputs = [x.clone() for x in inputs]
+        self.inputs = inputs
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may go on to use the GPU, such as that which pins batches
         options = dict(stream=self.stream, capture_error_mode="thread_local")
@@ -155,7 +155,10 @@ class Graphed:
             with torch.cuda.graph(self.graph, **options):
                 self.outputs = self.work(*self.inputs)
         except RuntimeError as e:
-            reason = str(e).splitlines()[0]
+            cause = e.__context__ or e  # the end of the recording fails too
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = str(cause).splitlines()[0]
             raise UserError(
                 f"this step cannot be recorded as a CUDA graph ({reason}): do without --graphs"
             ) from e

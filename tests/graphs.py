@@ -3,7 +3,9 @@ What `step.Graphed` uses of torch.cuda, on a CPU: streams without effect, and gr
 list of operations, with the tensors that each reads and writes.
 
 As on a GPU, recording leaves no trace: what was changed in place is put back, and so is the random
-generator. Operations for which the host would have to wait cannot be recorded.
+generator. Operations for which the host would have to wait cannot be recorded, and an error while
+recording is followed by another. Random numbers drawn on the host would stay the same on a GPU, but
+do not here.
 """
 
 import contextlib
@@ -12,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount")
+WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class Stream(contextlib.nullcontext):
@@ -44,7 +46,8 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
-        if name in WAITS:
+        indices = name == "index" and not any(x.dtype == torch.bool for x in tensors(args[1]))
+        if WAITS & {*function.tags} and not indices:
             raise RuntimeError("operation not permitted when stream is capturing")
         norm = "batch_norm" in name and "backward" not in name  # writes, which its schema hides
         for argument, value in zip(function._schema.arguments, args):
@@ -61,6 +64,8 @@ class Recording(TorchDispatchMode):
 
     def __exit__(self, *error):
         super().__exit__(*error)
+        if error[0]:
+            raise RuntimeError("operation failed due to a previous error during capture")
         torch.set_rng_state(self.generator)
         with torch.no_grad():
             for x, value in self.before.values():
