@@ -24,6 +24,7 @@ import torch
 
 import augment
 import files
+import model
 import parallel
 from files import UserError
 from settings import recorded
@@ -161,6 +162,13 @@ def check_same(run, state):
         changes.append("{} was {}, now it is {}".format(what, *both))
     if changes:
         raise UserError(f"--resume: {'; '.join(changes)}")
+
+
+def check_same_net(run, stage, net, source):
+    """UserError if a stage is done, and another net lies in its place when the run is resumed."""
+    then = run.results.get(stage, {}).get("weights")
+    if then and then != model.fingerprint(net):
+        raise UserError(f"--resume: {source} holds other weights now than when this run began")
 
 
 def save_state(run, stage=None, step=0, parts=None, total=None):

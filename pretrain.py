@@ -318,9 +318,11 @@ def main(args):
     torch.manual_seed(args.seed)
     net = classifiers.build(args.model, len(classes), args.size, args.patch, args.drop_path)
     params = model.count_parameters(net)
-    if teacher and "teacher" not in run.results:
-        scored = score(run, val, "teacher", teacher, 0)
-        run.results["teacher"] = dict(model=teacher.name) | scored
+    if teacher and "teacher" in run.results:
+        loop.check_same_net(run, "teacher", teacher, args.teacher)
+    elif teacher:
+        found = dict(model=teacher.name, weights=model.fingerprint(teacher))
+        run.results["teacher"] = found | score(run, val, "teacher", teacher, 0)
     run.print(f"{args.model}, {params:,} parameters: {args.max_iters} steps of {args.batch_size}")
     if "encoder" not in run.results:
         seconds = train_classifier(run, net, teacher, train, val)

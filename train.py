@@ -146,7 +146,7 @@ def run_stage(run, stage, name, spec="none", teacher=None):
     args, path = run.args, run.out / f"{stage}.pt"
     if stage in run.results:
         net, facts = model.load(path)
-        check_same_net(run, stage, net, path)
+        loop.check_same_net(run, stage, net, path)
         return loop.freeze(net, run.device), facts
     iters, batch_size, lr, init = args.max_iters, args.batch_size, args.lr, args.student_init
     if stage == "teacher":
@@ -294,18 +294,11 @@ def find_teacher(run):
         catalog.check_classes(run.args.teacher_ckpt, net, facts, run.dataset)
     check_method(run.args, net)
     facts = catalog.complete(facts, net.num_classes, run.dataset)
-    check_same_net(run, "teacher", net, run.args.teacher_ckpt)
+    loop.check_same_net(run, "teacher", net, run.args.teacher_ckpt)
     loop.freeze(net, run.device)
     if "teacher" not in run.results:
         record(run, "teacher", net, facts, steps=0, seconds=0.0)
     return net, facts
-
-
-def check_same_net(run, stage, net, source):
-    """UserError if a stage is done, and another net lies in its place when the run is resumed."""
-    then = run.results.get(stage, {}).get("weights")
-    if then and then != model.fingerprint(net):
-        raise UserError(f"--resume: {source} holds other weights now than when this run began")
 
 
 def only_first_prints(run):

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 from argparse import Namespace
 from pathlib import Path
@@ -554,6 +555,17 @@ def test_resume_to_the_same_bits(tree, tmp_path, teacher, method):
     before = (tmp_path / "parts/encoder.pt").read_bytes()
     run(tree, tmp_path / "parts", *more, "--resume")  # finished: nothing to do
     assert (tmp_path / "parts/encoder.pt").read_bytes() == before
+
+
+def test_no_resume_with_another_teacher(tree, tmp_path, teacher):
+    run(tree, tmp_path / "other", "--model", "nano", "--seed", "1", "--max-iters", "1")
+    mine = shutil.copy(teacher, tmp_path / "teacher.pt")
+    more = ["--teacher", str(mine), "--method", "kd"]
+    with crash("encoder", 3):
+        run(tree, tmp_path / "out", *more, "--save-every", "0")
+    shutil.copy(tmp_path / "other/encoder.pt", mine)
+    with pytest.raises(UserError, match="teacher.pt holds other weights now than when this run"):
+        run(tree, tmp_path / "out", *more, "--save-every", "0", "--resume")
 
 
 def test_two_processes_equal_one(tree, tmp_path, teacher):
