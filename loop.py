@@ -26,6 +26,7 @@ import augment
 import files
 import model
 import parallel
+from eval import autocast
 from files import UserError
 from settings import recorded
 from step import Graphed, learning_rate, parameter_groups, update
@@ -231,14 +232,13 @@ def trained_parts(run, learner, teacher, lr, decay_everything=False):
     )
 
 
-def run_steps(run, stage, parts, batches, prepare, loss_terms, schedule, score, count=None):
+def run_steps(run, stage, parts, batches, prepare, frozen, schedule, score, count=None):
     """The steps of a stage, from the first or from that in run.state, to schedule["total"].
 
     parts: what `trained_parts` returns and, if there is one, ema, a running average of
     learner.student; batches: augment.Batches, `accumulate` of them per step; prepare(batch):
-    images and labels, on the device; loss_terms(learner, images, labels): dict of scalars; if
-    `count` is given, count(batches of a step) is its last argument; score(net, step): for
-    --eval-every.
+    images and labels, on the device; frozen: the step.Teacher, or None; count(batches of a step),
+    if given: an option of the learner's cross-entropy; score(net, step): for --eval-every.
     Returns the seconds it took, interrupted runs included, scoring excluded.
     """
     args, total = run.args, schedule["total"]
@@ -248,8 +248,10 @@ def run_steps(run, stage, parts, batches, prepare, loss_terms, schedule, score, 
     learner, optimizer, scaler = parts["learner"], parts["optimizer"], parts["scaler"]
     wrapped = parallel.wrap(learner, run.device)
 
-    def forward_backward(*inputs):
-        terms = loss_terms(wrapped, *inputs)
+    def forward_backward(images, labels, *counted):
+        options = dict(count=counted[0]) if counted else {}
+        with autocast(run.device, args.dtype):
+            terms = wrapped(images, labels, frozen and frozen(images), **options)
         scaler.scale(sum(terms.values()) / args.accumulate).backward()
         return {name: term.detach() for name, term in terms.items()}
 

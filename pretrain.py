@@ -239,12 +239,6 @@ def cross_entropy(logits, targets, weight, smoothing):
     return weight * F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
 
-def loss_terms(run, frozen, learner, images, targets):
-    """Forward passes of teacher and student: the dict of loss terms."""
-    with autocast(run.device, run.args.dtype):
-        return learner(images, targets, frozen and frozen(images))
-
-
 def train_classifier(run, net, teacher, train, val):
     """Train `net`; returns the seconds it took."""
     args = run.args
@@ -265,10 +259,9 @@ def train_classifier(run, net, teacher, train, val):
     mixed = bool(args.mixup or args.cutmix)
     shared = dict(device=run.device, num_classes=len(train.classes), mixed=mixed)
     prepare = functools.partial(photos.device_batch, **shared)
-    terms = functools.partial(loss_terms, run, frozen)
     schedule = dict(peak=args.lr, total=args.max_iters, warmup=args.warmup, decay=args.decay)
     scoring = functools.partial(score, run, val, "encoder")
-    return loop.run_steps(run, "encoder", parts, batches, prepare, terms, schedule, scoring)
+    return loop.run_steps(run, "encoder", parts, batches, prepare, frozen, schedule, scoring)
 
 
 def hits(logits, labels, k):

@@ -195,13 +195,12 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
         schedule["paper_epoch"] = math.ceil(len(images) / batch_size)
     batches = make_batches(run, split, batch_size)
     prepare = functools.partial(augment.device_batch, device=run.device, mean=mean, std=std)
-    terms = functools.partial(loss_terms, run, frozen)
     scoring = functools.partial(score, run, stage, facts=run.facts)
 
     def count(batches):
         return mean_count([batch["label"] for batch in batches], weights, run.device)
 
-    work = prepare, terms, schedule, scoring, count if args.accumulate > 1 else None
+    work = prepare, frozen, schedule, scoring, count if args.accumulate > 1 else None
     seconds = loop.run_steps(run, stage, parts, batches, *work)
     return (parts["ema"].module if args.ema else net), seconds
 
@@ -210,12 +209,6 @@ def make_batches(run, split, batch_size):
     """Host batches of a split, by number: `accumulate` of them make a batch of batch_size."""
     part_size = batch_size // run.args.accumulate
     return augment.Batches(split, part_size, run.args.seed, run.augment, run.rank, run.world)
-
-
-def loss_terms(run, frozen, learner, images, labels, count=None):
-    """Forward passes of the frozen teacher, if there is one, and the student: {name: term}."""
-    with evaluation.autocast(run.device, run.args.dtype):
-        return learner(images, labels, frozen and frozen(images), count=count)
 
 
 def class_weights(run, split):

@@ -144,9 +144,9 @@ def test_recipe_paper_decays_everything_and_changes_the_rate_once_an_epoch(
     seen = []
     real = loop.run_steps
 
-    def spy(run, stage, parts, batches, prepare, terms, schedule, *more):
+    def spy(run, stage, parts, batches, prepare, frozen, schedule, *more):
         seen.append((schedule, parts["optimizer"].param_groups))
-        return real(run, stage, parts, batches, prepare, terms, schedule, *more)
+        return real(run, stage, parts, batches, prepare, frozen, schedule, *more)
 
     monkeypatch.setattr(loop, "run_steps", spy)
     monkeypatch.setattr(settings, "fast_dtype", lambda device: "bfloat16")
