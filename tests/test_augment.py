@@ -160,6 +160,8 @@ def test_few_labels_are_half_of_every_batch():
         assert sorted(others[k : k + 10]) == list(range(3, 13))
     assert len({tuple(labelled[k : k + 3]) for k in range(0, 30, 3)}) > 1
     assert others[:10] != others[10:20]
+    assert [*range(1, 13)] == sorted(sample_indices(0, 24, 13, 0, labelled=1)[1::2])
+    assert sample_indices(0, 24, 13, 0, labelled=1)[::2] == 12 * [0]
     for labelled in (0, 13):  # of all or none: as if nothing was said
         assert sample_indices(2, 6, 13, 0, labelled) == sample_indices(2, 6, 13, 0)
 

@@ -245,6 +245,52 @@ def test_json_is_one_object_and_nothing_else(capsys, folder, ckpt):
 
 
 @pytest.mark.parametrize(
+    "words, views",
+    [
+        ("--flip", dict(flip=True)),
+        ("--scales 0.5 1", dict(scales=[0.5, 1.0])),
+        ("--window 40", dict(window=40, stride=30)),
+        ("--window 40 --stride 20", dict(window=40, stride=20)),
+    ],
+)
+def test_the_views_are_those_that_were_asked_for(monkeypatch, capsys, folder, ckpt, words, views):
+    seen = []
+    predict = evaluation.predict
+    monkeypatch.setattr(evaluation, "predict", lambda *a, **k: seen.append(k) or predict(*a, **k))
+    run("--ckpt", ckpt, "--data-dir", folder, *words.split())
+    assert seen == [dict(scales=[1.0], flip=False, window=None, stride=0) | views]
+
+
+def test_the_table(capsys):
+    """A class that is nowhere has no score, and counts in no mean."""
+    score = dict(miou=0.5, boundary_iou=0.25, pixel_acc=0.75, mean_acc=0.625, images=2)
+    by_class = dict(classes=["road", "tram"], iou=[0.5, None], boundary_iou_by_class=[0.25, None])
+    parts = dict(fog=dict(miou=0.125, images=1))
+    evaluation.print_table(score | by_class | dict(parts=parts, protocol="full"))
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        "class IoU boundary IoU".split(),
+        "road 50.00 25.00".split(),
+        "tram - -".split(),
+        "mean 50.00 25.00".split(),
+        "pixel accuracy 75.00, mean accuracy 62.50".split(),
+        "fog 12.50 mIoU of 1 images".split(),
+        "2 images, protocol full".split(),
+    ]
+
+
+def test_the_overlay_blends_photo_and_colours_and_has_a_legend():
+    image = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    ids = np.full((200, 300), 1, np.uint8)
+    ids[100:], ids[150:], ids[180:] = 0, 2, 255  # 100 rows of class 1, 50 of 0, 30 of 2, 20 void
+    palette = [(200, 0, 0), (0, 180, 40), (10, 20, 250)]
+    seen = np.asarray(evaluation.overlay(image, ids, ["a", "b", "c"], palette)).astype(int)
+    colours = np.array([*palette, (0, 0, 0)])[np.where(ids == 255, 3, ids)]
+    assert np.abs(seen - (image + colours) / 2)[:, 60:].max() <= 1  # right of the legend
+    legend = [tuple(seen[y, 8]) for y in (8, 19, 30)]  # a square of 8 pixels every 11
+    assert legend == [palette[1], palette[0], palette[2]]
+
+
+@pytest.mark.parametrize(
     "more, message",
     [
         (["--window", "31"], "--window 31: at least 32"),

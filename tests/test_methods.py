@@ -92,6 +92,40 @@ def test_an_option_of_a_term_that_is_left_out_is_refused(option, weight):
     build(name, **{option: default})
 
 
+def others(option):
+    """Values of an option beside its default."""
+    owner = next(name for name in EVERY if option in options(name))
+    default, (kind, _) = options(owner)[option], methods.FLAGS[option]
+    if kind is bool:
+        return owner, [not default]
+    if isinstance(kind, list):
+        return owner, [kind[:1]]
+    if isinstance(kind[0], type):
+        return owner, [1 if kind[0] is int else 2 * default + 0.5]
+    return owner, [value for value in kind if value != default]
+
+
+@pytest.mark.parametrize("option", methods.FLAGS.keys() - {"c2vkd_clip", "c2vkd_language"})
+def test_every_option_does_something(option):
+    """But for those that need CLIP's weights, for which see test_c2vkd.py."""
+    g = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(2, 3, 96, 128, generator=g), torch.randint(3, (2, 96, 128))
+
+    def values(name, **chosen):
+        torch.manual_seed(0)
+        s, t = (model.build("nano", 3).eval() for _ in range(2))
+        method = methods.build(name, s, t, **chosen)
+        for step in range(2):  # a method with a memory has none in the first
+            torch.manual_seed(step)
+            found = method(s(images), t(images.flip(0)), images, labels)
+        return {k: v.item() for k, v in found.items()} | dict(alone=method.replaces_ce)
+
+    name, found = others(option)
+    name = {"gl_init": "transkd-gl", "gl_residual": "transkd-gl"}.get(option, name)
+    for value in found:
+        assert values(name, **{option: value}) != pytest.approx(values(name), rel=1e-6), value
+
+
 def test_an_option_of_another_method_is_refused():
     with pytest.raises(UserError, match="--ifvd-weight has no effect on --method skd"):
         build("skd", ifvd_weight=1.0)
