@@ -122,6 +122,8 @@ def size(text):
         height, width = (int(n) for n in text.lower().split("x"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not HEIGHTxWIDTH, like 512x1024") from None
+    if not 32 <= min(height, width) <= max(height, width) <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text}: each side must be 32 to 100000")
     return height, width
 
 

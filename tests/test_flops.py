@@ -73,6 +73,13 @@ def test_no_rows_of_methods_that_cannot_be(words, message):
         flops.main(flops.get_args(words.split()))
 
 
+@pytest.mark.parametrize("size", ["31x64", "64x999999", "64", "axb"])
+def test_sizes_that_no_image_has(size, capsys):
+    with pytest.raises(SystemExit):
+        flops.get_args(["--size", size])
+    assert "--size: " in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_latency(monkeypatch, capsys):
     (row,) = run(monkeypatch, capsys, "--model", "nano", "--size", "64x64", "--latency")
     assert 0 < row["latency_ms"] < 1e4
