@@ -101,17 +101,18 @@ def host_batch(split, step, batch_size, seed, augment, rows):
     for k in range(batch_size)[rows]:
         rng = np.random.default_rng([seed, 2, step * batch_size + k])  # its place in the stream
         image, label = split.pair(indices[k])
-        if augment.fit:  # as eval.prepare does, with antialiasing
+        if augment.fit:  # as eval.prepare does, with antialiasing; black around it
             image = np.asarray(Image.fromarray(image).resize(augment.crop[::-1], Image.BILINEAR))
+            image = np.pad(image, ((2, 2), (2, 2), (0, 0)))
         item, window = {"colour": colour_matrix(rng, augment.colour)}, []
         axes = random_geometry(rng, label.shape, augment)
         for axis, (n, scale, start, flip, size) in zip("yx", axes):
             if augment.fit:  # the image has been scaled already
-                scale, size = 1, n
-            at, inside = source_positions(n, scale, start, flip, size)  # (n,) each
+                scale, size, start = 1, n + 4, start + 2
+            at, _ = source_positions(n, scale, start, flip, size)  # (n,)
             low, high = int(at.min()), int(np.ceil(at.max())) + 1
             window.append(slice(low, high))
-            item[axis], item[f"{axis}_inside"] = (at - low).astype(np.float32), inside
+            item[axis] = (at - low).astype(np.float32)
         item["label"] = nearest_label(label, axes, augment.label_stride)
         item["image"] = image[tuple(window)]
         items.append(item)
@@ -149,14 +150,13 @@ def collate(items):
 def device_batch(batch, device, mean, std):
     """Host batch -> normalised float images (B, 3, h, w) and uint8 labels, both on the device.
 
-    Labels are (B, h, w), or 1/label_stride of that, rounded up. Positions outside the image are 0
-    after normalisation, and IGNORE in the label.
+    Labels are (B, h, w), or 1/label_stride of that, rounded up. Outside the image its edge is
+    repeated, and the label is IGNORE. (With zeros a patch embedding from scratch, whose biases are
+    0, gives zeros to its LayerNorm, which divides by them: gradients of 1e6 in the first steps.)
     """
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     images = normalise(resample(batch), mean, std)
-    inside = batch["y_inside"][:, None, :, None] & batch["x_inside"][:, None, None, :]
-    images = (images * inside).contiguous(memory_format=torch.channels_last)
-    return images, batch["label"]
+    return images.contiguous(memory_format=torch.channels_last), batch["label"]
 
 
 def resample(batch):

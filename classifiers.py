@@ -43,7 +43,8 @@ class ViT(VisionTransformer):
     """torchvision's, with its initialisation, for images of one size; patch: its side in pixels.
 
     features are the outputs of BLOCKS, as maps (B, width, size / patch, size / patch),
-    without the class token.
+    without the class token. Weight decay acts on it and on the positions too, as it does not in
+    DeiT's recipe.
     """
 
     def __init__(self, name, num_classes, size, patch):

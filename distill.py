@@ -35,7 +35,8 @@ IGNORE = 255  # the label of pixels that no loss and no metric counts
 CHUNK = dict(cpu=2**22, cuda=2**26)
 
 # ------------------------------------------------------------------------------------------------
-# losses: computed in float32 under any autocast; means over what is valid
+# losses: computed in float32 under any autocast. The cross-entropy is a mean over labelled pixels;
+# what compares student and teacher, over all positions, also those where a crop exceeds the photo
 
 
 def valid_mean(values, valid):
@@ -215,7 +216,8 @@ class CrossSelectiveFusion(nn.Module):
         m_i = a_x * x_i + a_r * r
         Fhat_i = BN(Conv3x3(m_i))                            the teacher's channels
 
-    squeeze = ReLU(Conv1x1), or with norm="batch" a `ReleasedSqueeze`.
+    squeeze = ReLU(Conv1x1), or with norm="batch" a `ReleasedSqueeze`. As each x_i comes from a
+    batch norm, GAP tells how an image differs from its batch: nothing where it is the only one.
     """
 
     def __init__(self, student_channels, teacher_channels, norm="none", mid=64, squeeze=32):

@@ -33,7 +33,8 @@ def gram_difference(a, b):
         1/n^2 ||A A^T - B B^T||_F^2 = 1/n^2 (||A^T A||_F^2 + ||B^T B||_F^2 - 2 ||A^T B||_F^2)
 
     With more rows than channels the right side is computed, which has no n x n matrix. It is 0 for
-    equal matrices up to rounding, of either sign; its gradient is as accurate as the left side's.
+    equal matrices up to rounding, of either sign. Its gradient has up to 60 times the left side's
+    rounding error: 1 % at values of 1e-9.
     """
     n = a.shape[-2]
     with full_precision(a):

@@ -7,8 +7,10 @@ from conftest import COLOURS, picture
 from torchvision.transforms.v2 import functional as tv
 
 import augment
+import model
 from augment import Augment, Batches, device_batch, sample_indices
 from data import Packed, index_of
+from distill import cross_entropy
 
 RAW = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
@@ -41,7 +43,7 @@ def test_image_and_label_move_together(how):
         images, labels = batch(split, how, step=step)
         assert images.shape == (4, 3, *how.crop) and labels.shape == (4, *how.crop)
         known = labels != 255
-        assert known.any() and (images.permute(0, 2, 3, 1)[~known] == 0).all()
+        assert known.any()
         nearest = (images.permute(0, 2, 3, 1)[..., None, :] - table).norm(dim=-1).argmin(-1)
         right.append((nearest == labels)[known].float().mean())
         wrong.append((nearest.roll(5, 2) == labels)[known].float().mean())
@@ -95,11 +97,45 @@ def test_flip_mirrors_both():
     assert seen == {True, False}
 
 
-def test_small_images_are_padded_with_ignore():
-    split = packed([picture(0, 20, 24)])
-    images, labels = batch(split, Augment((64, 64), scale=(1.0, 1.0), colour=0), size=2)
-    assert ((labels != 255).sum((1, 2)) == 20 * 24).all()
-    assert not images.permute(0, 2, 3, 1)[labels == 255].any()
+def test_around_a_small_image_its_edge_is_repeated_and_its_label_is_ignore():
+    image, label = picture(0, 20, 24)
+    split = packed([(image, label)])
+    images, labels = batch(split, Augment((64, 64), scale=(1.0, 1.0), flip=False, colour=0), size=2)
+    for x, y in zip(images, labels):
+        rows, cols = (y != 255).any(1).nonzero(), (y != 255).any(0).nonzero()
+        top, left = rows.min(), cols.min()
+        assert (y[top : top + 20, left : left + 24] == torch.from_numpy(label)).all()
+        assert (y != 255).sum() == 20 * 24
+        around = (top, 64 - 20 - top), (left, 64 - 24 - left), (0, 0)
+        want = np.pad(image, around, mode="edge") / 255
+        assert np.abs(x.permute(1, 2, 0).numpy() - want).max() < 1e-4
+
+
+def test_when_fitted_an_image_is_moved_over_black():
+    image = np.full((30, 50, 3), 200, np.uint8)
+    split = packed([(image, np.zeros((30, 50), np.uint8))])
+    black = 0
+    for step in range(8):
+        images, labels = batch(split, Augment((60, 60), colour=0, fit=True), size=1, step=step)
+        outside = labels[0] == 255
+        want = torch.where(outside, 0.0, 200 / 255).expand(3, 60, 60)
+        assert torch.allclose(images[0], want, atol=1e-4)
+        black += outside.sum().item()
+    assert black > 0
+
+
+@pytest.mark.parametrize("name", ["nano", "lvt", "pvt_v2_b0"])
+def test_first_gradients_from_scratch_are_no_larger_beside_a_small_image(name):
+    """Zeros there would be zeros for the first LayerNorm, which divides by them."""
+    torch.manual_seed(0)
+    net, sizes = model.build(name, 3), []
+    for height in (64, 24):
+        split = packed([picture(k, height, 64) for k in range(2)])
+        images, labels = batch(split, Augment((64, 64), scale=(1.0, 1.0)), size=2)
+        net.zero_grad()
+        cross_entropy(net(images).logits, labels).backward()
+        sizes.append(sum(p.grad.square().sum() for p in net.parameters()).sqrt().item())
+    assert sizes[1] < 20 * sizes[0]
 
 
 def test_quarter_labels_lie_on_the_logits():

@@ -215,6 +215,7 @@ def test_released_csf_norm_knows_two_branches(monkeypatch):
 
 
 def test_default_csf_does_not_mix_samples_in_its_attention():
+    """But for the batch norms before it, hence eval()."""
     csf = distill.CrossSelectiveFusion(STUDENT, TEACHER).eval()
     features = output(STUDENT, batch=2).features
     alone = csf([f[:1] for f in features])

@@ -112,8 +112,7 @@ def test_a_step_lies_on_the_gpu_in_float32_terms_and_waits_for_nothing(spec, dty
     look = Teacher(teacher.eval(), facts, *MINE, learner.method.needs_head, name)
     look, learner = to_gpu(mode, look, learner)
     with mode, Waits() as waits, autocast(dtype):
-        inside = dict(y_inside=torch.ones(4, 64).bool(), x_inside=torch.ones(4, 96).bool())
-        batch = host_batch() | inside | dict(label=torch.zeros(4, 64, 96, dtype=torch.uint8))
+        batch = host_batch() | dict(label=torch.zeros(4, 64, 96, dtype=torch.uint8))
         images, labels = augment.device_batch(batch, GPU, *MINE)
         count = mean_count([batch["label"]] * 2, weights, GPU)
         seen = look(images) if learner.method.needs_teacher else None
