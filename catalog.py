@@ -8,6 +8,7 @@ list of (stem, image, label) files per split. Past the table nothing knows of vo
 import dataclasses
 import os
 import re
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def check_classes(ckpt, net, facts, dataset):
     if n != len(dataset.classes):
         raise UserError(f"{ckpt} predicts {n} classes, {dataset.name} has {len(dataset.classes)}")
     theirs, ours = facts["classes"] or dataset.classes, dataset.classes
-    plain = [[re.sub("[^a-z0-9]", "", name.lower()) for name in names] for names in (theirs, ours)]
+    plain = [[letters(name) or name for name in names] for names in (theirs, ours)]
     other = [k for k in range(n) if plain[0][k] != plain[1][k]]
     if other:
         k = other[0]
@@ -117,6 +118,11 @@ def check_classes(ckpt, net, facts, dataset):
         print(
             f"!!! {ckpt}: {len(other)} of {n} classes have other names: {example}. Are they these?"
         )
+
+
+def letters(name):
+    """A name without case, spaces and punctuation, in any alphabet."""
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFC", name).casefold())
 
 
 def complete(facts, num_classes, dataset=None):

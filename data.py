@@ -9,6 +9,7 @@ Splits of a data set and their decode-once cache; the command that checks and wr
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -171,7 +172,9 @@ def open_packed(folder, n, with_labels=True):
         pixels = index[:, :2].prod(axis=1).sum()
         whole = len(index) == n and [len(m) for m in maps] == [3 * pixels, pixels][: len(maps)]
         whole = whole and np.array_equal(index, index_of(index[:, :2]))
-    except (OSError, ValueError, EOFError, IndexError):
+    except (OSError, ValueError, EOFError, IndexError) as e:
+        if isinstance(e, OSError) and e.errno == errno.ENOMEM:
+            raise UserError(f"{folder}: too large for this process's memory limit") from e
         whole = False
     if not whole:
         raise UserError(f"{folder}: a damaged cache; remove this folder, and it is rebuilt")

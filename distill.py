@@ -392,6 +392,7 @@ class TransKD(Method):
             (no_maps and no_tokens, "feature maps and embeddings both left out"),
             (no_maps and csf_norm != "none", "--csf-norm"),
             (feature_loss == "none" and feature_weight != 1, "--feature-weight"),
+            (feature_weight == 0 and feature_loss not in ("hcl", "none"), "--feature-loss"),
             (embed == "none" and embed_weight != 1, "--embed-weight"),
             (no_mixer and (gl_init != 0.5 or gl_residual), "--gl-init or --gl-residual"),
             (variant == "gl" and 3 not in stages, "no embeddings of stage 4, and their mixer"),

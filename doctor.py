@@ -7,6 +7,7 @@ Every file is read once, and only a few counts of it are kept (`Seen`); `mistake
 import collections
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -199,11 +200,14 @@ def report(split, files, dataset, in_split):
 
 def same_images(pairs):
     """Messages on images that a split has more than once, and on images to learn from that are in
-    val too: the same file, or another with the same bytes."""
+    val or test too: the same file, or another with the same bytes."""
     splits = [split for split in ("train", "unlabelled") if split in pairs]
-    found = [message for split in (*splits, "val") for message in repeated(split, pairs)]
+    held = [split for split in ("val", "test") if split in pairs]
+    found = [message for split in (*splits, *held) for message in repeated(split, pairs)]
     digest = functools.cache(downloads.digest)
-    return found + [message for split in splits for message in same_as_in_val(split, pairs, digest)]
+    for split, other in itertools.product(splits, held):
+        found += same_in_both(split, other, pairs, digest)
+    return found
 
 
 def repeated(split, pairs):
@@ -212,14 +216,14 @@ def repeated(split, pairs):
     return [f"{len(names)} images are in {split} more than once: {some(names)}"] if names else []
 
 
-def same_as_in_val(split, pairs, digest):
+def same_in_both(split, held, pairs, digest):
     if isinstance(pairs[split][0], int):
-        both = set(pairs[split]) & set(pairs["val"])
-        return [f"{len(both)} images are in {split} and in val: {min(both)} ..."] if both else []
-    train, val = ({pair[1]: pair[0] for pair in pairs[name]} for name in (split, "val"))
+        both = set(pairs[split]) & set(pairs[held])
+        return [f"{len(both)} images are in {split} and in {held}: {min(both)} ..."] if both else []
+    train, val = ({pair[1]: pair[0] for pair in pairs[name]} for name in (split, held))
     found, both = [], sorted(train.keys() & val.keys())
     if both:
-        found.append(f"{len(both)} images are in {split} and in val: {train[both[0]]} ...")
+        found.append(f"{len(both)} images are in {split} and in {held}: {train[both[0]]} ...")
     sizes = {}
     for path in filter(Path.is_file, train):
         sizes.setdefault(path.stat().st_size, []).append(path)
@@ -231,7 +235,7 @@ def same_as_in_val(split, pairs, digest):
     ]
     if twins:
         found.append(
-            f"{len(twins)} images of {split} are in val under another name, byte for byte the "
+            f"{len(twins)} images of {split} are in {held} under another name, byte for byte the "
             f"same: {some(twins)}"
         )
     return found

@@ -297,6 +297,7 @@ def label_photos(net, facts, args, views):
     if source.resolve() == Path(args.out_dir).resolve():
         raise UserError(f"--out-dir {args.out_dir}: its own photos; pass another folder")
     stems = [p.stem for p in paths]
+    taken = {p.name for p in paths}
     out = Path(args.out_dir)
     for k, path in enumerate(paths):
         try:
@@ -311,7 +312,8 @@ def label_photos(net, facts, args, views):
             ids = predict(net, x, image.shape[:2], **views).argmax(dim=1)[0]
         ids = ids.to(torch.uint8).cpu().numpy()
         ids[ids >= len(facts["classes"])] = IGNORE
-        name = path.stem if stems.count(path.stem) == 1 else path.name  # a.jpg beside a.png
+        alone = stems.count(path.stem) == 1 and path.stem not in taken
+        name = path.stem if alone else path.name  # beside a.jpg: of a.png, and of a.jpg.png
         save_image(Image.fromarray(paint(ids, facts["palette"])), out / f"{name}_mask.png")
         picture = overlay(image, ids, facts["classes"], facts["palette"])
         save_image(picture, out / f"{name}_overlay.png")
@@ -412,6 +414,8 @@ def main(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     data.check_cache(args)
+    if args.dataset == "scenes" and (args.data_dir or args.cache_dir):
+        raise UserError("the drawn scenes are in no folder: leave --data-dir and --cache-dir out")
     if args.window is not None and args.window < 32:
         raise UserError(f"--window {args.window}: at least 32, the encoder's coarsest stride")
     if args.stride is not None and not 1 <= args.stride <= (args.window or 0):

@@ -347,7 +347,7 @@ def main(args):
         raise UserError(f"{args.ckpt}: a {net.name}, which transformers lacks: use onnx or pt2")
     facts = catalog.complete(facts, net.num_classes)
     mean_std = (facts["mean"], facts["std"]) if args.mask or args.to == "hf" else None
-    with staging(out) as tmp:
+    with files.writing(out), staging(out) as tmp:
         comparison = write(net, facts, tmp, mean_std)
         sizes = {path.name: path.stat().st_size / 1e6 for path in sorted(tmp.iterdir())}
     print(f"{out}: {', '.join(sizes)}, {sum(sizes.values()):.2f} MB")

@@ -25,6 +25,7 @@ import cnn
 import weights
 from files import UserError, save_tensors, some
 from nets import Drop, Output, resize
+from weights import IMAGENET_MEAN, IMAGENET_STD
 
 # name: (embed dims, heads, depths, head width). nano is ours, for tests and the demo; lvt and the
 # pvt_v2 are built in others.py.
@@ -42,8 +43,6 @@ MODELS |= {f"pvt_v2_b{n}": (*MODELS[f"b{n}"][:3], 128) for n in range(6)}  # the
 NAMES = (*MODELS, *cnn.MODELS)  # every model of `build`; the CNNs are teachers only
 PATCHES = ((7, 4), (3, 2), (3, 2), (3, 2))  # kernel and stride of the stages' patch embeddings
 SR_RATIOS = (8, 4, 2, 1)  # keys and values come from a map this many times smaller per side
-# for RGB images in [0, 1]: what every published MiT was trained with
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -360,6 +359,10 @@ def load(source):
     defaults = dict(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD), dtype="float32")
     defaults |= dict.fromkeys(("dataset", "classes", "palette", "short_side", "resize", "void"))
     facts = defaults | {k: v for k, v in facts.items() if v is not None}
+    names = facts["classes"]
+    if names and len(names) + (facts["void"] is not None) != num_classes:
+        print(f"!!! {source}: {len(names)} class names for {num_classes} outputs: not used")
+        facts |= dict(classes=None, palette=None)
     for key, least in (("mean", -math.inf), ("std", 0)):
         value = facts[key]
         if len(value) != 3 or not all(least < v < math.inf for v in value):
@@ -382,10 +385,13 @@ def recognise(source, state, facts):
         return name, num_classes, None
     pyramid = "head.laterals.0.weight" in state
     if "head.classifier.weight" not in state or not (pyramid or "head.fuse.weight" in state):
-        raise UserError(
-            f"{source}: an encoder without a head that we know; as a start of training it will do "
+        problem = (
+            "an encoder without a head that we know; as a start of training it will do "
             "(--teacher-init, --student-init)"
         )
+        if 0 in encoder_shape(state)[0]:
+            problem = "no SegFormer and no ResNet in a layout that we know"
+        raise UserError(f"{source}: {problem}")
     dims, depths = encoder_shape(state)
     if state["head.classifier.weight"].ndim < 2:
         raise UserError(f"{source}: damaged, its classifier is no matrix")
@@ -416,10 +422,13 @@ def load_weights(net, source):
     a head. If its head has another number of classes, the net's is left as it is, with a warning.
     Raises UserError if the encoder differs: a part of it would be no useful start.
     """
-    state, _ = weights.read(source)
-    ours = net.state_dict()
+    state, facts = weights.read(source)
+    ours, heads = net.state_dict(), facts.get("heads")
     fits = {k: v for k, v in state.items() if k in ours and v.shape == ours[k].shape}
     check_encoder(net.name, source, state, ours, fits)
+    if heads and net.name in MODELS and tuple(heads) != MODELS[net.name][1]:
+        own = MODELS[net.name][1]
+        raise UserError(f"{source}: {tuple(heads)} attention heads, a {net.name} has {own}")
     check_finite(source, fits)
     net.load_state_dict(fits, strict=False)
     print(f"{source}: loaded {len(fits)} of {len(ours)} tensors")

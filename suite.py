@@ -12,6 +12,7 @@ that could be typed by hand. Finished runs are skipped; interrupted ones resume.
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -200,6 +201,21 @@ def check_old(jobs):
             )
 
 
+def check_data(args):
+    """UserError for other data than that of the runs in --out-dir, which data.json there names."""
+    places = dict(pair.split("=", 1) for pair in args.data) | dict(photos=args.photos)
+    places = {name: str(Path(folder).resolve()) for name, folder in places.items() if folder}
+    path = Path(args.out_dir) / "data.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    for name, folder in places.items():
+        if old.get(name, folder) != folder:
+            raise UserError(
+                f"{name} {folder}: {args.out_dir} has results from {old[name]}. Pass another "
+                f"--out-dir, or, if the data has only moved, correct {path}"
+            )
+    files.write_text(path, json.dumps(old | places, indent=2) + "\n")
+
+
 def run_jobs(jobs, at_once, signals):
     """Run the unfinished jobs, `at_once` at a time; returns those that still are unfinished.
 
@@ -335,6 +351,7 @@ def main(args):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))
     if not args.no_runs:
+        check_data(args)
         missing = run_jobs(mine, args.jobs, signals)
     results.write(args.results, PLANS[args.plan], jobs)
     print(f"wrote {args.results}")

@@ -30,6 +30,8 @@ from downloads import digest, download
 from files import UserError, load_tensors
 
 FORMAT = "segmentation-student-1"  # marks our own files
+# for RGB images in [0, 1]: what every published MiT was trained with
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OURS = ("format", "model", "num_classes", "head_width", "state_dict")  # all else in them is a fact
 
 # ------------------------------------------------------------------------------------------------
@@ -262,15 +264,34 @@ def folder_facts(folder):
             facts[ours] = [float(v) for v in inputs.get(theirs) or ()] or None
         if not inputs.get("do_normalize", True):
             facts |= dict(mean=[0.0] * 3, std=[1.0] * 3)
+        factor = inputs.get("rescale_factor", 1 / 255) if inputs.get("do_rescale", True) else 1
+        if abs(255 * factor - 1) > 1e-6:  # our images are in [0, 1] before mean and std
+            for ours, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+                facts[ours] = [v / (255 * factor) for v in facts[ours] or usual]
         size = inputs.get("size") if inputs.get("do_resize", True) else None
         # for photos; scoring need not resize to it: Cityscapes is scored at the files' own size
         facts["short_side"] = size and int(min(size.values()) if isinstance(size, dict) else size)
-        if FORMAT in config:  # what export.py wrote
+        if FORMAT in config and is_as_exported(facts, config[FORMAT]):
             facts |= dict(short_side=None) | config[FORMAT]
-    except (TypeError, ValueError, KeyError, AttributeError) as e:
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as e:
         problem = f"{type(e).__name__}: {e}"
         raise UserError(f"{folder}: its config files are not as they should be ({problem})") from e
+    for name, value in (("hidden_act", "gelu"), ("strides", [4, 2, 2, 2])):
+        if config.get(name, value) != value:
+            raise UserError(f"{paths[0]}: {name} {config[name]}: only {value} is possible here")
     return facts
+
+
+def is_as_exported(facts, ours):
+    """Whether transformers' own fields still say what export.py wrote beside ours. In a folder that
+    was trained further by transformers they may not, and then they count."""
+    classes = facts["classes"] or []
+    photo_side = ours.get("resize") or ours.get("short_side")
+    return classes == [*ours["classes"], "void"][: len(classes)] and (
+        facts["mean"] is None  # there is no preprocessor_config.json
+        or (facts["mean"], facts["std"]) == (ours["mean"], ours["std"])
+        and facts["short_side"] == photo_side
+    )
 
 
 def fetch_from_hub(name):
