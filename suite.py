@@ -213,7 +213,8 @@ def check_data(args):
                 f"{name} {folder}: {args.out_dir} has results from {old[name]}. Pass another "
                 f"--out-dir, or, if the data has only moved, correct {path}"
             )
-    files.write_text(path, json.dumps(old | places, indent=2) + "\n")
+    if old != old | places:
+        files.write_text(path, json.dumps(old | places, indent=2) + "\n")
 
 
 def run_jobs(jobs, at_once, signals):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -343,3 +344,24 @@ def test_class_weights_are_the_papers():
 PAPER_WEIGHTS = """2.5959737 6.741505 3.5353868 9.866315 9.690922 9.369371 10.289124 9.953209
 4.3098087 9.490392 7.674411 9.396925 10.347794 6.3928986 10.226673 10.241072 10.28059 10.396977
 10.05567"""
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, same",
+    [
+        (["земля", "небо"], ["Земля ", "Небо"], True),
+        (["земля", "небо"], ["небо", "земля"], False),
+        (["天空", "道路"], ["道路", "天空"], False),
+        (["caf\u00e9", "b"], ["cafe\u0301", "b"], True),  # one character, or two
+        (["+", "-"], ["-", "+"], False),
+    ],
+)
+def test_classes_in_any_alphabet(theirs, ours, same, capsys):
+    net, facts = SimpleNamespace(num_classes=2), dict(void=None, classes=theirs)
+    dataset = SimpleNamespace(name="mine", classes=ours)
+    if same:
+        catalog.check_classes("a.pt", net, facts, dataset)
+        assert not capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match="in another order"):
+            catalog.check_classes("a.pt", net, facts, dataset)

@@ -1,5 +1,6 @@
 """Layouts, the label table, the cache, few labels."""
 
+import errno
 import os
 import pickle
 import shutil
@@ -183,6 +184,18 @@ def test_an_index_that_points_elsewhere_is_a_damaged_cache(folder):
     index[1, 2] += 10**9
     np.save(path, index)
     with pytest.raises(UserError, match="a damaged cache; remove this folder"):
+        data.open_split(dataset, "train", folder)
+
+
+def test_a_cache_larger_than_the_memory_limit_is_not_called_damaged(folder, monkeypatch):
+    dataset = catalog.open_dataset("folder", folder)
+    data.open_split(dataset, "train", folder)
+
+    def full(*args):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(np, "memmap", full)
+    with pytest.raises(UserError, match="too large for this process's memory limit"):
         data.open_split(dataset, "train", folder)
 
 

@@ -698,6 +698,9 @@ def test_the_same_photo_in_train_and_val(tmp_path, capsys):
     (root / "val.txt").write_text("p4\np4")
     named, out, error = check(root, capsys)
     assert not named and "1 images are in val more than once: p4" in error
+    (root / "test.txt").write_text("p3\np2")
+    assert "2 images are in train and in test: p2" in check(root, capsys)[1]
+    (root / "test.txt").unlink()
     (root / "unlabelled.txt").write_text("p2")
     assert check(root, capsys)[2].startswith("1 problem")  # once, whatever is compared with val
     Image.open(root / "images/p2.png").save(root / "images/p2.jpg")

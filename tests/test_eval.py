@@ -304,6 +304,7 @@ def test_the_overlay_blends_photo_and_colours_and_has_a_legend():
             "with --protocol paper it is 512 by itself",
         ),
         (["--split", "tests"], "folder has no split 'tests': choose train, val"),
+        (["--dataset", "scenes", "--cache-dir", "c"], "the drawn scenes are in no folder"),
         (["--device", "abacus"], "--device abacus: "),
         (["--out-dir", "somewhere"], "--out-dir goes with --image"),
         (["--image", "x.png"], "--image labels photos: --data-dir is for scoring"),
@@ -333,6 +334,16 @@ def test_predictions_do_not_replace_the_data_set(folder, ckpt, name):
         run(*argv)
     assert {path: path.read_bytes() for path in folder.rglob("*.png")} == before
     assert not (folder / ".cache").exists()  # nor is anything decoded before
+
+
+def test_photos_of_one_name_do_not_overwrite_each_other(folder, ckpt, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for name in ("x.jpg", "x.png", "x.jpg.png", "y.png"):
+        Image.open(folder / "images/p0.png").save(photos / name)
+    run("--ckpt", ckpt, "--image", photos, "--out-dir", out)
+    names = {path.name.removesuffix("_ids.png") for path in out.glob("*_ids.png")}
+    assert names == {"x.jpg", "x.png", "x.jpg.png", "y"}
 
 
 def test_a_photo_that_is_void_all_over(folder, tmp_path):

@@ -153,6 +153,26 @@ def test_round_trip(layout, tmp_path):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+@pytest.mark.parametrize("classes", [list("vwxyz"), list("abc")])
+def test_a_folder_that_transformers_trained_further(classes, tmp_path):
+    """Its own fields count then, not what export.py wrote beside them."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    run("--ckpt", checkpoint(tmp_path), "--to", "hf", "--out-dir", tmp_path / "hf")
+    where = dict(pretrained_model_name_or_path=tmp_path / "hf")
+    theirs = transformers.SegformerForSemanticSegmentation.from_pretrained(
+        **where, id2label=dict(enumerate(classes)), ignore_mismatched_sizes=True
+    )
+    theirs.save_pretrained(tmp_path / "more")
+    processor = transformers.SegformerImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    processor.save_pretrained(tmp_path / "more")
+    net, facts = model.load(tmp_path / "more")
+    assert net.num_classes == len(classes) and facts["classes"] == classes
+    assert (facts["mean"], facts["std"]) == ([0.5] * 3, [0.25] * 3)
+    run("--ckpt", tmp_path / "more", "--to", "hf", "--out-dir", tmp_path / "again")
+    assert model.load(tmp_path / "again")[1]["classes"] == classes
+
+
 @pytest.mark.parametrize("side, tolerance", [("", 1e-5), ("resize", 0.02), ("short_side", 0.02)])
 def test_hf_processor_prepares_images_as_we_do(side, tolerance, tmp_path):
     """To 0.02 if it resizes: one of 255 steps, for torchvision rounds otherwise than PIL."""

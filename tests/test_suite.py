@@ -227,7 +227,7 @@ def test_stopped_and_run_again(place, monkeypatch):
     monkeypatch.setattr(suite, "ROWS", suite.ROWS | {"labels": rows})
     suite.main(get_args(place, "--only", "labels", "--jobs", "2"))
     found = {p: p.stat().st_mtime_ns for p in (place / "out").rglob("*.json")}
-    assert len(found) == 1 + 1 + 1 + 2  # encoder, teacher, its paper.json, two rows
+    assert len(found) == 1 + 1 + 1 + 2 + 1  # encoder, teacher, its paper.json, two rows, data.json
     assert not list((place / "out").rglob("last.pt"))
     text = (place / "docs/results.md").read_text()
     assert "| transkd-base, 10 % of the labels | 1 |" in text and f"{place}/data" not in text
@@ -235,6 +235,10 @@ def test_stopped_and_run_again(place, monkeypatch):
     suite.main(get_args(place, "--only", "ablations", "--no-runs"))  # nothing is forgotten
     assert found == {p: p.stat().st_mtime_ns for p in (place / "out").rglob("*.json")}
     assert (place / "docs/results.md").read_text() == text
+    (place / "other").mkdir()
+    args = get_args(place, "--only", "labels", "--data", f"folder={place}/other")
+    with pytest.raises(UserError, match="folder .*/other: .*out has results from .*/data. Pass an"):
+        suite.main(args)
     changed = dict(plans.TINY, train="--batch-size 2 --crop-size 64")
     monkeypatch.setattr(suite, "PLANS", dict(tiny=changed))
     with pytest.raises(UserError, match="made by another command than the plan's now"):

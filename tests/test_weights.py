@@ -11,9 +11,12 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 
+import eval as evaluation
 import model
 import weights
 from files import UserError
@@ -116,6 +119,14 @@ def test_imagenet_checkpoint(tmp_path, capsys, name):
     said = capsys.readouterr().out
     assert "2 not used: head.weight, head.bias" in said and "missing: head.linears" in said
     with pytest.raises(UserError, match="an encoder without a head that we know"):
+        model.load(tmp_path / "x.pth")
+
+
+def test_another_networks_weights(tmp_path):
+    """torchvision's MobileNets number their layers as other people number MiT's stages."""
+    net = torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights_backbone=None)
+    torch.save(net.state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UserError, match="no SegFormer and no ResNet in a layout that we know"):
         model.load(tmp_path / "x.pth")
 
 
@@ -236,6 +247,32 @@ def test_hugging_face_encoders(tmp_path, capsys, kind, form):
     assert "missing: head.linears.0.weight" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(do_rescale=False, image_mean=[100.0, 110.0, 120.0], image_std=[50.0, 60.0, 70.0]),
+        dict(rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[0.5] * 3),
+        dict(rescale_factor=1 / 127.5, do_normalize=False),
+        dict(rescale_factor=1 / 200),
+    ],
+)
+def test_images_are_prepared_as_by_their_processor(how, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    hugging_face("SegformerForSemanticSegmentation", "nano").save_pretrained(tmp_path)
+    processor = transformers.SegformerImageProcessor(do_resize=False, **how)
+    processor.save_pretrained(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    want = processor(image, return_tensors="pt")["pixel_values"]
+    got = evaluation.prepare(image, model.load(tmp_path)[1], None)
+    assert torch.allclose(got, want, atol=1e-4)
+
+
+def test_class_names_too_few_are_not_used(tmp_path, capsys):
+    model.save(tmp_path / "a.pt", model.build("nano", 3), classes=["a", "b"], palette=[[1, 2, 3]])
+    assert model.load(tmp_path / "a.pt")[1]["classes"] is None
+    assert "2 class names for 3 outputs: not used" in capsys.readouterr().out
+
+
 def test_preprocessor_and_config_are_obeyed(tmp_path):
     theirs = hugging_face("SegformerForSemanticSegmentation", "nano")
     theirs.save_pretrained(tmp_path)
@@ -254,6 +291,12 @@ def test_preprocessor_and_config_are_obeyed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | dict(num_attention_heads=[1] * 4)))
     with pytest.raises(UserError, match=r"heads \(1, 1, 1, 1\)"):
         model.load(tmp_path)
+    with pytest.raises(UserError, match=r"\(1, 1, 1, 1\) attention heads, a nano has"):
+        model.load_weights(model.build("nano", 5), tmp_path)
+    for change in (dict(hidden_act="relu"), dict(strides=[4, 2, 2, 1])):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=f"{min(change)} .*: only .* is possible here"):
+            model.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | dict(model_type="bert")))
     with pytest.raises(UserError, match="a bert, not a segformer"):
         model.load(tmp_path)
