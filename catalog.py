@@ -122,7 +122,7 @@ def check_classes(ckpt, net, facts, dataset):
 
 def letters(name):
     """A name without case, spaces and punctuation, in any alphabet."""
-    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFC", name).casefold())
+    return re.sub(r"[\W_]+", "", one_form(name).casefold())
 
 
 def complete(facts, num_classes, dataset=None):
@@ -321,7 +321,7 @@ def inside(root, *names):
 def read_lines(path):
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-        return [line.strip() for line in lines if line.strip()]
+        return [one_form(line.strip()) for line in lines if line.strip()]
     except FileNotFoundError:
         raise Missing(f"{path}: no such file (it lists the split's stems, one per line)") from None
     except UnicodeDecodeError:
@@ -370,11 +370,17 @@ def files_in(folder, suffixes=IMAGE_SUFFIXES):
     found = {}
     names = sorted(e.name for e in os.scandir(folder) if is_image(e.name, suffixes))
     for path in map(folder.joinpath, names):
-        if path.stem in found:
-            both = f"{found[path.stem].name} and {path.name}"
+        stem = one_form(path.stem)
+        if stem in found:
+            both = f"{found[stem].name} and {path.name}"
             raise UserError(f"{folder}: {both} have the same stem, remove one of them")
-        found[path.stem] = path
+        found[stem] = path
     return found
+
+
+def one_form(text):
+    """macOS writes an accent in a file's name as a character of its own, most keyboards do not."""
+    return unicodedata.normalize("NFC", text)
 
 
 def is_image(name, suffixes=PHOTO_SUFFIXES):
