@@ -414,8 +414,6 @@ def main(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     data.check_cache(args)
-    if args.dataset == "scenes" and (args.data_dir or args.cache_dir):
-        raise UserError("the drawn scenes are in no folder: leave --data-dir and --cache-dir out")
     if args.window is not None and args.window < 32:
         raise UserError(f"--window {args.window}: at least 32, the encoder's coarsest stride")
     if args.stride is not None and not 1 <= args.stride <= (args.window or 0):
@@ -458,6 +456,8 @@ def score(net, facts, args, views):
     if not (args.dataset or facts["dataset"]):
         raise UserError(f"{args.ckpt} does not say what it was trained on: pass --dataset")
     name = args.dataset or facts["dataset"]
+    if name == "scenes" and (args.data_dir or args.cache_dir):
+        raise UserError("the drawn scenes are in no folder: leave --data-dir and --cache-dir out")
     folder = catalog.folder_of(name, args.data_dir)
     dataset = catalog.open_dataset(name, folder)
     catalog.check_classes(args.ckpt, net, facts, dataset)
