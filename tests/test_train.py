@@ -574,7 +574,9 @@ def test_two_processes_equal_one(folder, tmp_path, method, accumulate):
         ]
     assert len(logs[0]) == len(logs[1]) == 15
     for a, b in zip(*logs):
-        assert a == pytest.approx(b, rel=2e-4)
+        assert a.keys() == b.keys()
+        for k in a:  # cirkd divides cosines by 0.1, which amplifies rounding
+            assert a[k] == pytest.approx(b[k], rel=2e-3 if "cirkd" in k else 2e-4), k
     for a, b in zip(logits[:2], logits[2:]):
         assert (a - b).abs().max() < 1e-2 * a.std()
     assert metrics[0]["miou"] == pytest.approx(metrics[1]["miou"], abs=1e-3)
