@@ -83,7 +83,7 @@ def random_geometry(rng, size, augment):
     for d in (0, 1):
         n, full = augment.crop[d], size[d]
         s = n / full if augment.fit else scale
-        room = round(full * s) - n  # what is cut off, or, if negative, padded
+        room = round(full * s) - n  # what is cut off, or, if negative, lies outside
         low, high = (-2, 2) if augment.fit else (min(0, room), max(0, room))
         start = rng.integers(low, high + 1)
         axes.append((n, s, int(start), flip and d == 1, full))

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import c2vkd
 import manifold
 import tat
-from distill import Method, conv_bn, cwd, hcl, matched, valid_mean
+from distill import Method, conv_bn, cwd, deep_to_shallow, hcl, kl, matched, valid_mean
 from manifold import gram_difference
 from model import to_tokens
 from nets import draws, full_precision
@@ -61,12 +61,10 @@ class PixelKD(Method):
         self.weight, self.T = kd_weight, temperature
 
     def forward(self, student, teacher, images, labels):
-        s, t = student.logits.float(), teacher.logits.float()
+        s, t = student.logits, teacher.logits
         if s.ndim == 4:
             s, t = matched(s, t)
-        log_s, log_t = (F.log_softmax(z / self.T, dim=1) for z in (s, t))
-        kl = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
-        return {"kd": self.weight * self.T**2 * kl.mean()}
+        return {"kd": self.weight * self.T**2 * kl(s, t, 1, self.T).mean()}
 
 
 class FitNet(Method):
@@ -167,21 +165,13 @@ class KnowledgeReview(Method):
         self.expand = nn.ModuleList(conv_bn(mid, c, 3) for c in teacher_channels)
         self.attend = nn.ModuleList(nn.Conv2d(2 * mid, 2, 1) for _ in student_channels[:-1])
 
-    def fused(self, features):
-        """Student maps (B, c_i, H_i, W_i) -> (B, C_i, H_i, W_i)."""
-        maps, m = [], None
-        for i in reversed(range(len(features))):
-            x = self.reduce[i](features[i])  # (B, 64, H_i, W_i)
-            if m is not None:
-                r = F.interpolate(m, size=x.shape[2:], mode="nearest")
-                a = self.attend[i](torch.cat([x, r], dim=1)).sigmoid()  # (B, 2, H_i, W_i)
-                x = a[:, :1] * x + a[:, 1:] * r
-            m = x
-            maps.insert(0, self.expand[i](m))
-        return maps
+    def fuse(self, i, x, r):
+        a = self.attend[i](torch.cat([x, r], dim=1)).sigmoid()  # (B, 2, H_i, W_i)
+        return a[:, :1] * x + a[:, 1:] * r
 
     def forward(self, student, teacher, images, labels):
-        pairs = zip(self.fused(student.features), teacher.features)
+        maps = deep_to_shallow(student.features, self.reduce, self.fuse, self.expand)
+        pairs = zip(maps, teacher.features)
         return {"review": self.weight * sum(hcl(*matched(s, t)) for s, t in pairs)}
 
 
@@ -275,14 +265,12 @@ def similarity_kl(s, t, s_keys, t_keys):
     The backward pass recomputes the (n, m) matrices, so that none is kept until then.
     """
 
-    def kl(s, t, s_keys, t_keys):
+    def compare(s, t, s_keys, t_keys):
         with full_precision(s):
-            log_s = F.log_softmax(s @ s_keys.mT / 0.1, dim=1)  # (n, m)
-            log_t = F.log_softmax(t @ t_keys.mT / 0.1, dim=1)
-        return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
+            return kl(s @ s_keys.mT, t @ t_keys.mT, 1, 0.1)  # of (n, m) each
 
     args = (s, t, s_keys, t_keys)
-    return checkpoint(kl, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(compare, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def push(queue, at, rows, filled):
@@ -353,8 +341,8 @@ class CIRKD(Method):
         maps = (F.avg_pool2d(x, self.pool, ceil_mode=True) for x in (s, t))
         s, t = (F.normalize(to_tokens(x), dim=2) for x in maps)  # (B, n, C)
         others = [*zip(gather(s), gather(t))]
-        kl = [similarity_kl(*own, *other).mean() for own in zip(s, t) for other in others]
-        return self.weights["batch"] * sum(kl) / len(kl)
+        terms = [similarity_kl(*own, *other).mean() for own in zip(s, t) for other in others]
+        return self.weights["batch"] * sum(terms) / len(terms)
 
     @torch.no_grad()
     def remember(self, t, masks):
@@ -386,8 +374,8 @@ class CIRKD(Method):
             queue = getattr(self, name)
             drawn = torch.randperm(queue.shape[1], device=queue.device)
             keys = queue[:, drawn[: self.contrast[name] // self.classes + 1]].flatten(0, 1)
-            kl = [similarity_kl(a, b, keys, keys) for a, b in zip(s, t)]  # B x (n,)
-            terms[name] = self.weights[name] * valid_mean(torch.stack(kl), masks.any(dim=1))
+            found = [similarity_kl(a, b, keys, keys) for a, b in zip(s, t)]  # B x (n,)
+            terms[name] = self.weights[name] * valid_mean(torch.stack(found), masks.any(dim=1))
         return terms
 
     def forward(self, student, teacher, images, labels):

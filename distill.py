@@ -8,14 +8,8 @@ Segmentation", arXiv 2202.13393): what a student learns from a teacher in additi
 
     L = CE(logits, labels) + sum_i HCL(Fhat_i, F_i^T) + sum_i alpha_i MSE(P_i, E_i^T)
 
-A `Method` is built from the channels of student and teacher and called as
-`method(student, teacher, images, labels)` with two `nets.Output`s. It returns a dict of named,
-weighted scalars for the loop to sum and log. Its parameters, the adapters, train with the student's
-and are then discarded: the deployed student has none of them. `needs_teacher` tells whether the
-teacher is run at all, `needs_head` whether its head is: if not, its logits and decoded map are
-None. `replaces_ce`: the cross-entropy with the labels is left out. `note`: a line to print.
-
-To learn TransKD read `hcl`, `CrossSelectiveFusion`, `PatchEmbeddingAlignment`, `TransKD.forward`.
+All but the cross-entropy is what a `Method` adds; the other methods are further ones. To learn
+TransKD read `hcl`, `CrossSelectiveFusion`, `PatchEmbeddingAlignment` and `TransKD.forward`.
 """
 
 import functools
@@ -147,15 +141,18 @@ def pooled(x, n):
         return columns @ x.view(B, n, W, C)
 
 
+def kl(student, teacher, dim, T=1.0):
+    """KL(softmax(teacher / T) || softmax(student / T)) over `dim`, which the result lacks."""
+    log_s, log_t = (F.log_softmax(z.float() / T, dim=dim) for z in (student, teacher))
+    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim)
+
+
 def cwd(student, teacher, T=1.0):
     """Channel-wise distillation of two maps (B, C, H, W) (Shu et al., ICCV 2021).
 
     T^2 * KL(teacher || student) of the softmax over positions, averaged over B and C.
     """
-    log_s = F.log_softmax(student.float().flatten(2) / T, dim=2)  # (B, C, H*W)
-    log_t = F.log_softmax(teacher.float().flatten(2) / T, dim=2)
-    kl = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
-    return T**2 * kl / (student.shape[0] * student.shape[1])
+    return T**2 * kl(student.flatten(2), teacher.flatten(2), 2, T).mean()
 
 
 def to_grid(x, size):
@@ -180,6 +177,19 @@ def conv_bn(c_in, c_out, kernel):
     conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out))
+
+
+def deep_to_shallow(features, reduce, fuse, expand):
+    """Maps (B, c_i, H_i, W_i) -> (B, C_i, H_i, W_i), each fused with the result of the deeper ones.
+
+    m_4 = reduce_4(F_4);  m_i = fuse_i(reduce_i(F_i), upsample(m_{i+1}));  expand_i(m_i)
+    """
+    maps, m = [], None
+    for i in reversed(range(len(features))):
+        x = reduce[i](features[i])  # (B, 64, H_i, W_i)
+        m = x if m is None else fuse(i, x, F.interpolate(m, size=x.shape[2:], mode="nearest"))
+        maps.insert(0, expand[i](m))
+    return maps
 
 
 def plain_squeeze(mid, squeeze):
@@ -232,20 +242,13 @@ class CrossSelectiveFusion(nn.Module):
             self.attend_r.append(nn.Conv2d(squeeze, mid, 1))
 
     def fuse(self, i, x, r):
-        r = F.interpolate(r, size=x.shape[2:], mode="nearest")  # (B, 64, H_i, W_i), like x
         z = self.squeeze[i]((x + r).mean(dim=(2, 3), keepdim=True))  # (B, 32, 1, 1)
         a = torch.stack([self.attend_x[i](z), self.attend_r[i](z)]).softmax(dim=0)
         # a: (2, B, 64, 1, 1)
         return a[0] * x + a[1] * r  # (B, 64, H_i, W_i)
 
     def forward(self, features):
-        fused = []
-        for i in reversed(range(len(features))):
-            m = self.reduce[i](features[i])  # (B, 64, H_i, W_i)
-            if fused:
-                m = self.fuse(i, m, fused[0])
-            fused.insert(0, m)
-        return [expand(m) for expand, m in zip(self.expand, fused)]
+        return deep_to_shallow(features, self.reduce, self.fuse, self.expand)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -329,11 +332,19 @@ class PatchEmbeddingAlignment(nn.Module):
 
 
 class Method(nn.Module):
-    """What all methods have in common; see above."""
+    """What a student learns from its teacher.
 
-    needs_teacher = needs_head = True
-    replaces_ce = False  # whether the cross-entropy of the labels is left out
-    note = ""  # to be printed
+    Built from the channels of the four stages of student and teacher; called with two
+    `nets.Output`s, the images (B, 3, H, W) and labels (B, H, W) uint8, which are smaller with
+    --label-stride. Returns a dict of named, weighted scalars for the loop to sum and log, none of
+    them called "ce". Its parameters, the adapters, train with the student's and are then discarded:
+    the deployed student has none of them.
+    """
+
+    needs_teacher = True  # or the teacher is not run at all
+    needs_head = True  # or the teacher's head is not: its logits and decoded map are None
+    replaces_ce = False  # whether the cross-entropy with the labels is left out
+    note = ""  # a line to print
 
 
 class NoDistillation(Method):
@@ -387,24 +398,29 @@ class TransKD(Method):
             self.pea = PatchEmbeddingAlignment(
                 student_channels, teacher_channels, stages, variant, gl_init, gl_residual
             )
-        no_maps, no_tokens, no_mixer = not self.feature_loss, not stages, variant != "gl"
-        for idle, what in (
-            (no_maps and no_tokens, "feature maps and embeddings both left out"),
-            (no_maps and csf_norm != "none", "--csf-norm"),
-            (feature_loss == "none" and feature_weight != 1, "--feature-weight"),
-            (feature_weight == 0 and feature_loss not in ("hcl", "none"), "--feature-loss"),
-            (embed == "none" and embed_weight != 1, "--embed-weight"),
-            (no_mixer and (gl_init != 0.5 or gl_residual), "--gl-init or --gl-residual"),
-            (variant == "gl" and 3 not in stages, "no embeddings of stage 4, and their mixer"),
-            (variant == "ea" and no_tokens, "no embeddings, and their Embedding Assistant"),
-        ):
-            if idle:
-                raise UserError(f"transkd-{variant}, {what}: there is nothing for it to act on")
+        mixes = gl_init != 0.5 or gl_residual
+        self.refuse_idle(variant, csf_norm, feature_loss, embed, stages, mixes)
         if stages and not has_embeddings:
             raise UserError(
                 f"transkd-{variant}: a CNN teacher has no patch embeddings to align with; "
                 "--method transkd-base --embed none distils its feature maps alone"
             )
+
+    def refuse_idle(self, variant, csf_norm, feature_loss, embed, stages, mixes):
+        """UserError for an option that acts on a part which is left out."""
+        no_maps, no_tokens = not self.feature_loss, not stages
+        for idle, what in (
+            (no_maps and no_tokens, "feature maps and embeddings both left out"),
+            (no_maps and csf_norm != "none", "--csf-norm"),
+            (feature_loss == "none" and self.feature_weight != 1, "--feature-weight"),
+            (self.feature_weight == 0 and feature_loss not in ("hcl", "none"), "--feature-loss"),
+            (embed == "none" and self.embed_weight != 1, "--embed-weight"),
+            (variant != "gl" and mixes, "--gl-init or --gl-residual"),
+            (variant == "gl" and 3 not in stages, "no embeddings of stage 4, and their mixer"),
+            (variant == "ea" and no_tokens, "no embeddings, and their Embedding Assistant"),
+        ):
+            if idle:
+                raise UserError(f"transkd-{variant}, {what}: there is nothing for it to act on")
 
     def forward(self, student, teacher, images, labels):
         terms = {}

@@ -1,9 +1,9 @@
 """
 What training loops share: the run and its files, the steps of a stage, signals, progress lines.
 
-A stage saves all it needs to continue (last.pt) every minute and when a signal asks it to stop. As
-all randomness of a step comes from the seed and the step's number, a resumed run is the same as one
-that was never interrupted.
+A stage saves all it needs to continue (last.pt) every --save-every seconds, and when a signal asks
+it to stop. As all randomness of a step comes from the seed and the step's number, a resumed run is
+the same as one that was never interrupted.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class Run:
 
 
 def start(args, batch_sizes, results):
-    """Join the processes of a run: dict(out, device, rank, world), the first fields of a Run.
+    """Join the processes of a run: dict(out, device, rank, world), these fields of a Run.
 
     UserError if a batch size does not divide by processes x --accumulate, or if --out-dir holds a
     run (`results`: the files that one leaves there) that is not to be resumed.

@@ -18,7 +18,8 @@ class Output(NamedTuple):
     logits: torch.Tensor | None  # (B, K, h, w); None if the head was skipped
     features: tuple  # 4 x (B, C_i, H_i, W_i)
     embeddings: tuple  # 4 x (B, H_i * W_i, C_i); () of a CNN
-    decoded: torch.Tensor | None = None  # (B, width, h, w): the classifier's input, no ReLU yet
+    decoded: torch.Tensor | None = None  # (B, width, h, w): the head's last map, its last ReLU,
+    # if one follows it, not yet applied
 
 
 def resize(x, size):

@@ -59,11 +59,13 @@ class Teacher(nn.Module):
     def __init__(self, net, facts, mean, std, needs_head=False, dtype="float32"):
         super().__init__()
         self.low = dtype == "bfloat16"
-        self.net = copy.deepcopy(net).bfloat16() if self.low else net
-        for name, m in net.named_modules() if self.low else ():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):  # of one process or of many
-                # stays as it was: its variances are many powers of ten apart
-                self.net.get_submodule(name).float().load_state_dict(m.state_dict())
+        self.net = net
+        if self.low:
+            self.net = copy.deepcopy(net).bfloat16()
+            for name, m in net.named_modules():
+                if isinstance(m, nn.modules.batchnorm._BatchNorm):  # of one process or of many
+                    # stays as it was: its variances are many powers of ten apart
+                    self.net.get_submodule(name).float().load_state_dict(m.state_dict())
         self.void, self.needs_head = facts["void"], needs_head
         # (x * std + mean - own mean) / own std
         numbers = (torch.tensor(v)[:, None, None] for v in (mean, std, facts["mean"], facts["std"]))
