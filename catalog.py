@@ -22,7 +22,7 @@ from files import Progress, UserError, some
 from sources import SOURCES, how_to_get
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-PHOTO_SUFFIXES = (*IMAGE_SUFFIXES, ".webp", ".bmp", ".tif", ".tiff")  # of photos without labels
+PHOTO_SUFFIXES = (*IMAGE_SUFFIXES, ".webp", ".bmp", ".tif", ".tiff")  # of photos in a folder
 
 # ------------------------------------------------------------------------------------------------
 # a data set
@@ -161,10 +161,11 @@ def open_camvid(root):
 
 
 def open_folder(root, name="folder", classes=None):
-    """images/STEM.jpg|png, labels/STEM.png, train.txt, val.txt; optional: test.txt, classes.txt,
-    and unlabelled.txt, the stems of images without labels.
+    """images/STEM.jpg (or another of PHOTO_SUFFIXES), labels/STEM.png, train.txt, val.txt;
+    optional: test.txt, classes.txt, and unlabelled.txt, the stems of images without labels.
     """
-    images, labels = files_in(root / "images"), files_in(root / "labels", (".png",))
+    images = files_in(root / "images", PHOTO_SUFFIXES)
+    labels = files_in(root / "labels", (".png",))
     pairs = {}
     for split in ("train", "val", "test"):
         path = root / f"{split}.txt"

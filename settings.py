@@ -81,7 +81,8 @@ eval_batch_size save_every log_every""".split()
 def get_args(argv=None):
     p = argparse.ArgumentParser(
         description="Train a teacher if there is none, and distil it into a student.",
-        epilog="Defaults that depend on the data set: DEFAULTS in settings.py.",
+        epilog="Defaults, unless DEFAULTS in settings.py has others for the data set: "
+        + " ".join(as_typed(COMMON)),
         allow_abbrev=False,
     )
     yes_or_no = argparse.BooleanOptionalAction
@@ -170,7 +171,7 @@ def add_training_flags(p):
         "--class-weights",
         choices=("none", "paper"),
         help="paper: rare classes count more in the cross-entropy, as in TransKD, up to 8 times; "
-        "none: all pixels alike, as most methods were published",
+        "none: all pixels alike, as most methods were published (c2vkd has no cross-entropy)",
     )
     # images
     p.add_argument(
@@ -340,11 +341,16 @@ def recorded(args):
 
 def command_line(args, script="train.py"):
     """The command with all defaults spelled out."""
-    words = ["python", script]
-    where = {name: getattr(args, name) for name in ("data_dir", "out_dir")}
-    for name, value in (recorded(args) | where).items():
-        if name in PAPER_DECIDES and getattr(args, "recipe", "") == "paper":
-            continue
+    settings = recorded(args) | {name: getattr(args, name) for name in ("data_dir", "out_dir")}
+    if getattr(args, "recipe", "") == "paper":
+        settings = {k: v for k, v in settings.items() if k not in PAPER_DECIDES}
+    return shlex.join(["python", script, *as_typed(settings)])
+
+
+def as_typed(settings):
+    """Settings as the words of a command."""
+    words = []
+    for name, value in settings.items():
         flag = as_flag(name)
         if isinstance(value, list):
             words += [flag, *map(str, value)]
@@ -352,4 +358,4 @@ def command_line(args, script="train.py"):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is not None:
             words += [flag, str(value)]
-    return shlex.join(words)
+    return words

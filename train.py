@@ -141,7 +141,7 @@ def check_stage_labels(run):
 def run_stage(run, stage, name, spec="none", teacher=None):
     """Train, score and save one net, or load it if that is done: (net in eval mode, facts).
 
-    spec: the method's name; teacher: what this function returned for the teacher.
+    spec: the method's name; teacher: what this function or find_teacher returned for it.
     """
     args, path = run.args, run.out / f"{stage}.pt"
     if stage in run.results:
@@ -200,8 +200,10 @@ def train_stage(run, stage, net, method, teacher, iters, batch_size, lr):
     def count(batches):
         return mean_count([batch["label"] for batch in batches], weights, run.device)
 
-    work = prepare, frozen, schedule, scoring, count if args.accumulate > 1 else None
-    seconds = loop.run_steps(run, stage, parts, batches, *work)
+    parted = args.accumulate > 1
+    seconds = loop.run_steps(
+        run, stage, parts, batches, prepare, frozen, schedule, scoring, count if parted else None
+    )
     return (parts["ema"].module if args.ema else net), seconds
 
 
@@ -229,9 +231,16 @@ def record(run, stage, net, facts, steps, seconds):
 
 def score(run, stage, net, step, facts):
     """Metrics on the val split; every process scores its share of it."""
-    options = (run.device, run.args.dtype, run.args.protocol, run.args.eval_batch_size)
-    options += (run.dataset.parts_of("val"),)
-    metrics = evaluation.evaluate(net, run.val, facts, *options)
+    metrics = evaluation.evaluate(
+        net,
+        run.val,
+        facts,
+        run.device,
+        run.args.dtype,
+        run.args.protocol,
+        batch_size=run.args.eval_batch_size,
+        parts=run.dataset.parts_of("val"),
+    )
     run.print(f"{stage:7s} {step:6d} mIoU {evaluation.percent(metrics['miou'])}")
     run.log(stage=stage, step=step, miou=metrics["miou"], pixel_acc=metrics["pixel_acc"])
     return metrics
@@ -284,7 +293,11 @@ def find_teacher(run):
     """The teacher of --teacher-ckpt, scored like one trained here: (net, facts)."""
     net, facts = parallel.first_then_others(lambda: model.load(run.args.teacher_ckpt))
     with only_first_prints(run):
-        catalog.check_classes(run.args.teacher_ckpt, net, facts, run.dataset)
+        try:
+            catalog.check_classes(run.args.teacher_ckpt, net, facts, run.dataset)
+        except UserError as e:
+            other = f"--teacher {net.name} --teacher-init {run.args.teacher_ckpt}"
+            raise UserError(f"{e}. To train it on these classes first, pass {other} instead") from e
     check_method(run.args, net)
     facts = catalog.complete(facts, net.num_classes, run.dataset)
     loop.check_same_net(run, "teacher", net, run.args.teacher_ckpt)

@@ -49,6 +49,18 @@ def test_folder(folder):
     assert (label[:, 0] == 255).all()
 
 
+def test_photos_of_a_folder_may_be_of_other_kinds(folder):
+    pixels = catalog.read_image(folder / "images/p1.png")
+    for k, suffix in enumerate(("webp", "bmp", "tif", "TIFF")):
+        path = folder / f"images/p{k}.png"
+        Image.fromarray(catalog.read_image(path)).save(path.with_suffix(f".{suffix}"))
+        path.unlink()
+    dataset = catalog.open_dataset("folder", folder)
+    pairs = dataset.pairs["train"][:4]
+    assert [image.suffix for _, image, _ in pairs] == [".webp", ".bmp", ".tif", ".TIFF"]
+    assert np.array_equal(catalog.read_pair(pairs[1], dataset.table)[0], pixels)
+
+
 def test_classes_txt_with_colours(folder):
     (folder / "classes.txt").write_text("traffic light 1 2 3\nroad\nlane 2, 9, 8, 7\n")
     dataset = catalog.open_dataset("folder", folder)

@@ -14,6 +14,7 @@ from test_catalog import cityscapes
 from test_data import write_camvid
 from test_weights import nvlabs
 
+import catalog
 import model
 import scenes
 
@@ -22,6 +23,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 INSTALL, *COMMANDS = [block.strip().split("\n") for block in BLOCKS]
 HUB, RELEASE = "hub.pth", "segformerb0_TransKDBase_cityscapes.pth"
+LISTS, IDEA = re.findall(r"```py\n(.*?)```", README, re.S)
 SMALL = "--student nano --crop-size 32 --batch-size 4 --max-iters 1".split()
 SMALL_PHOTOS = "--model nano --size 32 --batch-size 4 --max-iters 1".split()
 
@@ -37,6 +39,7 @@ def place(tmp_path_factory):
     cityscapes(place / "data/cityscapes")
     write_photos(place / "data/imagenet")
     (place / "weights").mkdir()
+    (place / "idea.py").write_text(IDEA)
     encoder = nvlabs(model.build("nano", 5).encoder.state_dict(prefix="encoder."), prefix="")
     torch.save(encoder, place / "weights/mit_b2.pth")
     for name, prefix, head, classes in (
@@ -58,12 +61,14 @@ def test_first_commands():
 
 @pytest.mark.parametrize("line", [line for block in COMMANDS for line in block])
 def test_command(place, line, monkeypatch):
-    """In this process, to which nothing has to be imported again; under torchrun in others."""
+    """In this process, to which nothing has to be imported again; torchrun, and a script that adds
+    a method, in others.
+    """
     program, *argv = shlex.split(line)
     assert program in ("python", "torchrun")
     if program == "torchrun":
         argv[0] = "--nproc_per_node=2"
-    if "train.py" in argv:
+    if {"train.py", "idea.py"} & {*argv}:
         argv += SMALL
         if "--teacher-ckpt" not in argv:
             argv += ["--teacher", "nano"]
@@ -86,9 +91,10 @@ def test_command(place, line, monkeypatch):
     argv = [f"weights/{HUB}" if word.startswith("nvidia/") else word for word in argv]
     monkeypatch.chdir(place)
     monkeypatch.setenv("HOME", str(place))
-    if program == "torchrun":
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--master_port", "29871"]
-        done = subprocess.run([*launcher, *argv], capture_output=True, text=True)
+    if program == "torchrun" or argv[0] == "idea.py":
+        torchrun = ["-m", "torch.distributed.run", "--master_port", "29871"]
+        words = [sys.executable, *(torchrun if program == "torchrun" else []), *argv]
+        done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     else:
         monkeypatch.setattr(sys, "argv", argv)
@@ -103,6 +109,17 @@ def test_python(place, code, monkeypatch, capsys):
     runpy.run_path("snippet.py")
     names = re.findall("'(.*?)'", capsys.readouterr().out)
     assert names and {*names} <= {name for name, _ in scenes.CLASSES}
+
+
+def test_lists_of_a_folder(place, monkeypatch):
+    monkeypatch.chdir(place)
+    (place / "lists.py").write_text(LISTS)
+    before = catalog.open_dataset("folder", "data/mine").pairs
+    runpy.run_path("lists.py")
+    after = catalog.open_dataset("folder", "data/mine").pairs
+    total = len(before["train"]) + len(before["val"])
+    assert len(after["val"]) == total // 5 and len(after["train"]) == total - total // 5
+    assert not {stem for stem, *_ in after["val"]} & {stem for stem, *_ in after["train"]}
 
 
 def test_files_are_all_in_the_table_and_none_is_invented():

@@ -818,8 +818,10 @@ def test_checkpoints_of_another_kind(folder, tmp_path, capsys):
     with pytest.raises(UserError, match="last.pt: the state of a run; pass the run's student.pt"):
         model.load(out / "last.pt")
     other = write_folder(tmp_path / "other", classes=2)
-    with pytest.raises(UserError, match="predicts 3 classes, folder has 2"):
+    with pytest.raises(UserError, match="predicts 3 classes, folder has 2.*--teacher-init") as e:
         run(other, tmp_path / "b", "--teacher-ckpt", str(out / "student.pt"))
+    instead = str(e.value).split("pass ")[1].removesuffix(" instead").split()
+    assert run(other, tmp_path / "d", *instead)["teacher"]["steps"] > 0
     names = "\n".join(["Thing_1", "thing 0", "thing 2"])
     (folder / "classes.txt").write_text(names)
     with pytest.raises(UserError, match="in another order: its class 0 is 'thing 0', that of fol"):
