@@ -253,8 +253,11 @@ def gigabytes(row):
 
 
 def hugging_face(net, device):
-    """The same weights in transformers' SegFormer; None if it is not installed."""
+    """The same weights in transformers' SegFormer; None if it, or transformers, does not exist."""
+    if not export.fits_hugging_face(net):
+        return None
     if not all(map(files.installed, ("transformers", "safetensors"))):
+        print("\nto compare with Hugging Face's SegFormer: pip install transformers safetensors")
         return None
     from transformers import SegformerForSemanticSegmentation
     from transformers.utils import logging
@@ -289,9 +292,7 @@ def bench_inference(args, peaks):
         net.to(args.device).to(memory_format=torch.channels_last)
     sizes = [tuple(round(n * s / 32) * 32 for n in args.size) for s in (0.5, 1, 2)]
     kinds = {dtype: (student, dtype) for dtype in args.dtypes}
-    if theirs is None:
-        print("\nto compare with Hugging Face's SegFormer: pip install transformers safetensors")
-    else:
+    if theirs:
         kinds["transformers, float32"] = (theirs, "float32")
 
     def measure(what, kind, net, size, batch, dtype):
@@ -340,8 +341,9 @@ def bench_data(args, peaks):
     rates = dict(host_img_s=host, device_img_s=device)
     if args.workers:
         batches = loader(args, args.batch_size, args.workers)
-        seconds = timed(lambda: next(batches), "cpu", 2 * args.seconds, least=50)
-        rates["workers_img_s"] = args.batch_size / seconds
+        n = 16 * args.workers  # which deliver several at once
+        seconds = timed(lambda: [next(batches) for _ in range(n)], "cpu", 2 * args.seconds)
+        rates["workers_img_s"] = n * args.batch_size / seconds
         print(f"{args.workers} worker processes deliver {rates['workers_img_s']:.0f} per second")
     return rates
 

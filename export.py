@@ -149,6 +149,11 @@ def hf_configs(net, facts, mean_std):
     return config, processor
 
 
+def fits_hugging_face(net):
+    """Whether transformers has a net of this kind: a SegFormer."""
+    return net.name != "lvt" and isinstance(net.head, model.SegFormerHead)
+
+
 def write_hf(net, facts, folder, mean_std):
     """A folder for from_pretrained, compared in transformers if that is installed."""
     from safetensors.torch import load_file, save
@@ -343,7 +348,7 @@ def main(args):
     net, facts = model.load(args.ckpt)
     if not hasattr(net, "encoder"):
         raise UserError(f"{args.ckpt}: a {net.name}; CNNs teach here, they are not exported")
-    if args.to == "hf" and (net.name == "lvt" or not isinstance(net.head, model.SegFormerHead)):
+    if args.to == "hf" and not fits_hugging_face(net):
         raise UserError(f"{args.ckpt}: a {net.name}, which transformers lacks: use onnx or pt2")
     facts = catalog.complete(facts, net.num_classes)
     mean_std = (facts["mean"], facts["std"]) if args.mask or args.to == "hf" else None

@@ -55,10 +55,11 @@ def measure(net, image, extra=None):
     return dict(gmacs=gmacs, attention_gmacs=attention, executed_gmacs=executed)
 
 
-def measure_named(name, num_classes, size):
+def measure_named(name, num_classes, size, head_width=None):
     """Parameters and GMACs of a new model at `size` (H, W), without memory for its weights."""
     with torch.device("meta"):
-        net, image = model.build(name, num_classes), torch.empty(1, 3, *size)
+        net = model.build(name, num_classes, head_width=head_width)
+        image = torch.empty(1, 3, *size)
     return dict(params=model.count_parameters(net), **measure(net, image))
 
 

@@ -185,6 +185,7 @@ def save_metrics(run, tree):
     """Write metrics.json: `tree`, the results of all stages, the settings, the hardware."""
     tree = tree | run.results | dict(settings=recorded(run.args))
     tree |= dict(hardware=hardware(run.device), torch=torch.__version__)
+    tree |= {what: value for what, value in run.data.items() if what.startswith("checksum")}
     files.write_text(run.out / "metrics.json", json.dumps(tree, indent=1) + "\n")
 
 
@@ -313,8 +314,17 @@ def load(batches, numbers, workers, device):
         sampler=numbers,
         num_workers=workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_sigterm_to_the_run,
     )
     return augment.stream(loader)
+
+
+def leave_sigterm_to_the_run(_):
+    """In a worker process: torchrun and timeout send it to all, and the run needs its last batches.
+
+    The run ends its workers when it has saved.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ are adapted to segmentation.
 
 import argparse
 import functools
-import hashlib
 import math
 
 import torch
@@ -204,8 +203,7 @@ def open_run(args):
         args.epochs = None
     loop.claim(common["out"], common["rank"])
     identity = dict(classes=train.classes, train=len(train), val=len(val))
-    names = hashlib.sha256(train.names.tobytes() + val.names.tobytes())
-    identity["checksum of names"] = names.hexdigest()[:16]
+    identity["checksum of names and sizes"] = photos.fingerprint(train, val)
     run = loop.Run(args=args, data=identity, **common)
     if args.resume:
         loop.resume(run)
@@ -320,12 +318,16 @@ def main(args):
     if "encoder" not in run.results:
         seconds = train_classifier(run, net, teacher, train, val)
         made = dict(model=args.model, params=params, steps=args.max_iters, seconds=seconds)
+        made |= dict(weights=model.fingerprint(net))
         run.results["encoder"] = made | score(run, val, "encoder", net, args.max_iters)
         if run.rank == 0:
             facts = dict(classes=classes, size=args.size, patch=args.patch, dtype=args.dtype)
             facts |= dict(mean=list(model.IMAGENET_MEAN), std=list(model.IMAGENET_STD))
             classifiers.save(run.out / "encoder.pt", net, **facts)
         loop.save_state(run)
+    else:
+        path = run.out / "encoder.pt"
+        loop.check_same_net(run, "encoder", classifiers.load(path)[0], path)
     if run.rank == 0:
         result = run.results["encoder"]
         loop.save_metrics(run, dict(top1=result["top1"], top5=result["top5"]))

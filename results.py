@@ -53,10 +53,10 @@ def collect(jobs):
     tree = {}
     for job in jobs:
         if job.row and job.makes == "metrics.json" and job.made.exists():
-            dataset, group, row, _ = job.row
+            dataset, group, row, seed = job.row
             metrics = read(job.folder / "metrics.json")
             found = metrics["encoder" if group == "photos" else "student"]
-            found |= dict(folder=job.folder, command=job.command)
+            found |= dict(folder=job.folder, command=job.command, seed=seed)
             found |= dict(where=f"{metrics['hardware']}, torch {metrics['torch']}")
             found |= dict(paper=read(job.folder / "paper.json").get("miou"))
             tree.setdefault(dataset, {}).setdefault(group, {}).setdefault(row, []).append(found)
@@ -79,12 +79,14 @@ def table(head, rows, cells):
 
 def student_table(rows, starts, teacher):
     """The table of rows of train.py. The gap's ends are starts, {steps: runs of the student alone},
-    and teacher, runs or None."""
+    and teacher, runs or None. Of the student alone the seeds of the row count, if they exist."""
 
     def cells(runs):
-        closed, alone = "", starts.get(runs[0]["steps"])
+        closed, all_alone = "", starts.get(runs[0]["steps"], [])
+        seeds = {run["seed"] for run in runs}
+        alone = [run for run in all_alone if run["seed"] in seeds] or all_alone
         whole = mean(teacher) - mean(alone) if alone and teacher else 0
-        if whole and runs not in (alone, teacher):
+        if whole > 0 and runs not in (all_alone, teacher):
             closed = f"{(mean(runs) - mean(alone)) / whole:.0%}"
         miou, pixels, edges = (
             mean_and_spread([run[key] for run in runs])

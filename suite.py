@@ -74,6 +74,11 @@ def merged(script, *flags):
     return [script, *(word for name, values in chosen.items() for word in (name, *values))]
 
 
+def quoted(path):
+    """A path as a word of such a string."""
+    return shlex.quote(str(path))
+
+
 def plan_jobs(args):
     """Every job of a plan, also those not to be run now: results they have go into the tables."""
     plan, folders = PLANS[args.plan], dict(pair.split("=", 1) for pair in args.data)
@@ -128,7 +133,7 @@ def classifier_jobs(plan, args, teacher, student, shared):
             flags, needs = f"--seed {seed} {row_flags}".format(twice=f"{unit} {2 * int(n)}"), []
             if "--method" in row_flags:
                 needs = [first.made]
-                flags += f" --teacher {first.folder / 'encoder.pt'}"
+                flags += f" --teacher {quoted(first.folder / 'encoder.pt')}"
             folder = Path(args.out_dir) / "photos" / slug(f"{pair} {row}") / str(seed)
             argv, own = merged("pretrain.py", shared, flags), where(args, args.photos, folder)
             jobs.append(Job(argv, own, folder, (pair, "photos", row, seed), needs))
@@ -143,6 +148,7 @@ def dataset_jobs(plan, args, dataset, data_dir, inits):
         for name, init in inits.items()
     }
     shared = f"--dataset {dataset} {plan['train']} {PLAIN}"
+    inits = {name: quoted(init) for name, init in inits.items()}
     flags = f"--student {plan['teacher']} --method none --student-init {inits['teacher_init']}"
     argv = merged("train.py", shared, flags, sizes["teacher"])
     own, row = where(args, data_dir, out / "teacher"), (dataset, "teacher", "teacher", 0)
@@ -155,7 +161,7 @@ def dataset_jobs(plan, args, dataset, data_dir, inits):
                 needs = ours["student_init"] if "{student_init}" in flags else []
                 flags = f"{sizes['student']} {flags}".format(**sizes, **inits)
                 if "--method none" not in flags:
-                    flags += f" --teacher-ckpt {teacher.folder / 'student.pt'}"
+                    flags += f" --teacher-ckpt {quoted(teacher.folder / 'student.pt')}"
                     needs = [*needs, teacher.made]
                 if row in CURVES and sizes["every"]:
                     flags += f" --eval-every {sizes['every']}"
@@ -172,7 +178,8 @@ def dataset_jobs(plan, args, dataset, data_dir, inits):
 
 def paper_job(args, data_dir, job):
     """The job that scores a net by the paper's protocol too."""
-    flags = f"--ckpt {job.folder / 'student.pt'} --dataset {job.row[0]} --protocol paper --json"
+    ckpt = quoted(job.folder / "student.pt")
+    flags = f"--ckpt {ckpt} --dataset {job.row[0]} --protocol paper --json"
     own = where(args, data_dir)
     return Job(merged("eval.py", flags), own, job.folder, job.row, [job.made], "paper.json")
 
@@ -206,7 +213,10 @@ def check_data(args):
     places = dict(pair.split("=", 1) for pair in args.data) | dict(photos=args.photos)
     places = {name: str(Path(folder).resolve()) for name, folder in places.items() if folder}
     path = Path(args.out_dir) / "data.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        old = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as e:
+        raise UserError(f"{path}: not JSON ({e})") from e
     for name, folder in places.items():
         if old.get(name, folder) != folder:
             raise UserError(
@@ -215,6 +225,23 @@ def check_data(args):
             )
     if old != old | places:
         files.write_text(path, json.dumps(old | places, indent=2) + "\n")
+
+
+def check_same_files(jobs):
+    """UserError if the data were edited between the finished runs of a table."""
+    checksums = {}  # of a data set, or of as many classes of the photos: (value, folder)
+    for job in jobs:
+        if job.script == "eval" or not job.made.exists():
+            continue
+        metrics = results.read(job.made)
+        whose = job.row[0] if job.script == "train" else metrics["settings"]["classes"]
+        value = metrics.get("checksum of names and sizes")
+        first, folder = checksums.setdefault((job.script, whose), (value, job.folder))
+        if None not in (first, value) and value != first:
+            raise UserError(
+                f"{job.folder} is a run with other data files than {folder}: remove the older, and "
+                "what came of it, or pass another --out-dir"
+            )
 
 
 def run_jobs(jobs, at_once, signals):
@@ -244,9 +271,8 @@ def run_jobs(jobs, at_once, signals):
                 print(f"{done}/{total}, about {loop.clock(eta)} to go", flush=True)
     for process in running.values():
         process.terminate()
-    for process in running.values():
-        process.wait()
-    return failed + [*running] + waiting
+    stopped = [job for job, p in running.items() if p.wait() != 0 or not finish(job, p)]
+    return failed + stopped + waiting
 
 
 def begin(job, env):
@@ -344,6 +370,8 @@ def main(args):
     check(args)
     jobs = plan_jobs(args)
     mine, missing, signals = wanted(jobs, args), [], []
+    if not mine:
+        raise UserError(f"--only {' '.join(args.only)}: no rows of plan {args.plan}")
     if args.list:
         for job in mine:
             print("+" if job.made.exists() else " ", job.command)
@@ -354,6 +382,7 @@ def main(args):
     if not args.no_runs:
         check_data(args)
         missing = run_jobs(mine, args.jobs, signals)
+    check_same_files(jobs)
     results.write(args.results, PLANS[args.plan], jobs)
     print(f"wrote {args.results}")
     if signals:

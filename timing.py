@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+import parallel
+
 
 def hardware(device):
     """The GPU's name, or the CPU's and the number of threads."""
@@ -30,11 +32,14 @@ def synchronise(device):
 
 
 def timed(work, device, seconds=1.0, least=3, warmup=2):
-    """Median seconds of work(), over at least `least` calls and `seconds` in total."""
+    """Median seconds of work(), over at least `least` calls and `seconds` in total.
+
+    Of N processes all call it as often, for it may wait for the others.
+    """
     times = []
     for _ in range(warmup):
         work()
-    while len(times) < least or sum(times) < seconds:
+    while parallel.any_process(len(times) < least or sum(times) < seconds)[0]:
         synchronise(device)
         start = time.perf_counter()
         work()

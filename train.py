@@ -223,7 +223,7 @@ def class_weights(run, split):
 
 def record(run, stage, net, facts, steps, seconds):
     """Put a finished net's scores and costs into the run's results, for metrics.json."""
-    costs = flops.measure_named(net.name, net.num_classes, run.augment.crop)
+    costs = flops.measure_named(net.name, net.num_classes, run.augment.crop, net.width)
     metrics = score(run, stage, net, steps, facts)
     run.results[stage] = dict(model=net.name, steps=steps, seconds=seconds) | costs | metrics
     run.results[stage]["weights"] = model.fingerprint(net)

@@ -232,6 +232,27 @@ def test_flops_of_a_step():
     assert bench.step_flops(args)[0] == 0
 
 
+def test_the_workers_rate_is_that_of_many_batches(monkeypatch):
+    """They deliver several at once: the time until the next one says nothing."""
+    args = bench.get_args([*SMALL, "--workers", "3", "--batch-size", "2"])
+    real, taken = next(bench.loader(args, 2, 0)), []
+
+    def in_a_second(work, *a, **k):
+        taken.clear()
+        work()
+        return 1.0
+
+    monkeypatch.setattr(bench, "loader", lambda *a: iter(lambda: taken.append(1) or real, None))
+    monkeypatch.setattr(bench, "timed", in_a_second)
+    rates = bench.bench_data(args, {})
+    assert len(taken) >= 8 * 3 and rates["workers_img_s"] == 2 * len(taken)
+
+
+@pytest.mark.parametrize("name", ["lvt", "pvt_v2_b0"])
+def test_hugging_face_has_no_such_net(name, capsys):
+    assert bench.hugging_face(model.build(name, 5), "cpu") is None and not capsys.readouterr().out
+
+
 def test_noise_is_a_split():
     split = bench.noise((32, 64), 5, images=3)
     image, label = split.pair(2)

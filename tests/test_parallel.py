@@ -100,6 +100,9 @@ def work(rank, port):
     made = {dtype: half(rank, dtype) for dtype in TOLERANCES}
     made |= {name: taught(name, rank) for name in EVERY}
     made["answers"] = parallel.any_process(rank == 0, rank == 1, False, True)
+    calls = []
+    timing.timed(lambda: calls.append(rank), "cpu", seconds=0, least=3 + 4 * rank)
+    made["calls"] = len(calls)
     parallel.stop()
     return made
 
@@ -171,6 +174,11 @@ def test_a_synchronised_norm_is_the_same_norm():
     assert type(got) is parallel.GlooBatchNorm and (got.eps, got.momentum) == (0.1, 0.3)
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(got.eval()(x), norm.eval()(x))
+
+
+def test_all_processes_are_timed_as_often(both):
+    """Or one would wait for ever in work that another has finished with."""
+    assert [made["calls"] for made in both] == [2 + 7] * 2
 
 
 def test_any_process_speaks_for_all(both):

@@ -751,8 +751,27 @@ def test_a_run_goes_on_with_its_own_photos_only(tmp_path):
     run(tree, tmp_path / "out", "--max-iters", "1")
     photo = next((tree / "train/thing0").glob("*.jpg"))
     photo.rename(photo.with_stem("other"))
-    with pytest.raises(UserError, match="the data are others: checksum of names was "):
+    others = "the data are others: checksum of names and sizes was "
+    with pytest.raises(UserError, match=others):
         run(tree, tmp_path / "out", "--resume", "--max-iters", "1")
+    photo.with_stem("other").rename(photo)
+    run(tree, tmp_path / "out", "--resume", "--max-iters", "1")
+    photo.write_bytes(photo.read_bytes() + b" ")
+    with pytest.raises(UserError, match=others):
+        run(tree, tmp_path / "out", "--resume", "--max-iters", "1")
+
+
+def test_a_finished_run_has_its_encoder(tree, tmp_path):
+    other, out = tmp_path / "other", tmp_path / "out"
+    run(tree, out, "--max-iters", "1")
+    run(tree, other, "--max-iters", "1", "--seed", "1")
+    run(tree, out, "--max-iters", "1", "--resume")
+    shutil.copy(other / "encoder.pt", out / "encoder.pt")
+    with pytest.raises(UserError, match="encoder.pt holds other weights now"):
+        run(tree, out, "--max-iters", "1", "--resume")
+    (out / "encoder.pt").unlink()
+    with pytest.raises(UserError, match="encoder.pt: no such file"):
+        run(tree, out, "--max-iters", "1", "--resume")
 
 
 def test_a_classifier_starts_as_segformers_layers_do():

@@ -73,10 +73,13 @@ def test_every_command_of_every_plan_is_one(place, plan, monkeypatch):
     datasets = suite.PLANS[plan]["data"]
     places = [f"{name}=D" for name in datasets if name != "scenes"]
     argv = ["--plan", plan, "--photos", "P", "--list", "--cache-dir", "C"]
+    argv += ["--out-dir", "A folder's"]
     args = suite.get_args([*argv, *(["--data", *places] if places else [])])
     suite.check(args)
     jobs = suite.plan_jobs(args)
     assert suite.wanted(jobs, args) == jobs
+    files = [w for j in jobs for w in j.argv if w.endswith(".pt")]
+    assert files and all(w.startswith("A folder's/") for w in files)
     assert len({job.made for job in jobs}) == len(jobs)
     for job in jobs:
         argv = [*job.argv[1:], *job.own]
@@ -239,6 +242,16 @@ def test_stopped_and_run_again(place, monkeypatch):
     args = get_args(place, "--only", "labels", "--data", f"folder={place}/other")
     with pytest.raises(UserError, match="folder .*/other: .*out has results from .*/data. Pass an"):
         suite.main(args)
+    (place / "out/data.json").write_text('{"folder": "/data",}')
+    with pytest.raises(UserError, match="out/data.json: not JSON"):
+        suite.main(get_args(place, "--only", "labels"))
+    (place / "out/data.json").unlink()
+    made = next((place / "out").rglob("labels-*/0/metrics.json"))
+    tree = json.loads(made.read_text())
+    made.write_text(json.dumps(tree | {"checksum of names and sizes": "of others"}))
+    with pytest.raises(UserError, match="labels-.*/0 is a run with other data files than .*/teach"):
+        suite.main(get_args(place, "--only", "labels"))
+    made.write_text(json.dumps(tree))
     changed = dict(plans.TINY, train="--batch-size 2 --crop-size 64")
     monkeypatch.setattr(suite, "PLANS", dict(tiny=changed))
     with pytest.raises(UserError, match="made by another command than the plan's now"):
@@ -270,6 +283,32 @@ def test_workers_are_those_of_every_training(place, monkeypatch):
     monkeypatch.setattr(parallel, "spare_cores", lambda: 14)
     assert [get_args(place, "--jobs", str(n)).workers for n in (1, 4, 20)] == [14, 3, 1]
     assert get_args(place, "--workers", "0").workers == 0
+
+
+def test_rows_that_a_plan_has_not(place):
+    with pytest.raises(UserError, match="--only long: no rows of plan scenes"):
+        suite.main(suite.get_args(["--plan", "scenes", "--only", "long"]))
+
+
+def test_a_run_that_ends_while_it_is_stopped_is_done(tmp_path, monkeypatch, capsys):
+    class Ended:
+        returncode = 0
+        wait = terminate = lambda self: 0
+
+    runs = {("teacher", "teacher"): [dict(miou=0.6)]}
+    (job,) = jobs_of(tmp_path / "here", runs)
+    (job.folder / "metrics.json").rename(tmp_path / "later")
+    signals = []
+
+    def begin(job, env):
+        (job.folder / "last.pt").write_text("")
+        signals.append(15)
+        (tmp_path / "later").rename(job.made)
+        return Ended()
+
+    monkeypatch.setattr(suite, "begin", begin)
+    Ended.poll = lambda self: None
+    assert suite.run_jobs([job], 1, signals) == [] and not (job.folder / "last.pt").exists()
 
 
 def test_list(place, capsys):
@@ -346,12 +385,23 @@ def test_tables(tmp_path):
 def test_no_way_where_the_teacher_is_no_better_than_the_student_alone():
     def runs(miou):
         facts = dict(pixel_acc=0.5, boundary_iou=0.5, paper=None, seconds=60, steps=1)
-        return [facts | dict(miou=miou)]
+        return [facts | dict(miou=miou, seed=0)]
 
-    for best, way in ((0.5, ""), (0.9, "25%")):
+    for best, way in ((0.4, ""), (0.5, ""), (0.9, "25%")):
         rows = dict(teacher=runs(best), alone=runs(0.5), kd=runs(0.6))
         table = results.student_table(rows, {1: rows["alone"]}, rows["teacher"])
         assert table[-1].startswith(f"| kd | 1 | 60.0 | {way} | ")
+
+
+def test_the_gap_begins_at_the_student_alone_of_the_same_seeds():
+    def runs(**miou):
+        facts = dict(pixel_acc=0.5, boundary_iou=0.5, paper=None, seconds=60, steps=1)
+        return [facts | dict(miou=v, seed=int(seed[1:])) for seed, v in miou.items()]
+
+    rows = dict(teacher=runs(s0=0.6), alone=runs(s0=0.2, s1=0.3, s2=0.4), kd=runs(s0=0.2))
+    rows |= dict(at=runs(s1=0.4, s2=0.5), skd=runs(s7=0.45))  # without a partner: all seeds
+    table = results.student_table(rows, {1: rows["alone"]}, rows["teacher"])
+    assert [line.split(" | ")[3] for line in table[2:]] == ["", "", "0%", "40%", "50%"]
 
 
 def test_sections_of_other_data_sets_stay(tmp_path):

@@ -507,14 +507,16 @@ def test_killed_after_its_last_score(folder, tmp_path):
     assert log_of(tmp_path / "out") == before
 
 
-def test_sigterm_saves_and_resume_goes_on(folder, tmp_path, capsys):
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_sigterm_saves_and_resume_goes_on(folder, tmp_path, capsys, workers):
+    """Also where the signal goes to worker processes too, as torchrun and timeout send it."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    more = ["--method", "none", "--max-iters", "40", "--log-every", "0"]
-    child = command(*words(folder, parts, *more))
+    more = ["--method", "none", "--max-iters", "40", "--log-every", "0", "--workers", workers]
+    child = command(*words(folder, parts, *more), start_new_session=True)
     for line in child.stdout:
         if "5/40" in line:
             break
-    child.send_signal(signal.SIGTERM)
+    os.killpg(child.pid, signal.SIGTERM)
     said, errors = child.communicate()
     assert child.returncode == 128 + signal.SIGTERM and "--resume" in said and not errors
     assert (parts / "last.pt").exists() and not (parts / "student.pt").exists()
@@ -810,6 +812,14 @@ def test_teacher_of_the_transkd_release(tmp_path):
     metrics = run(root, tmp_path / "out", *more)
     assert metrics["student"]["miou"] is not None and len(metrics["teacher"]["iou"]) == 19
     assert model.load(tmp_path / "out/student.pt")[0].num_classes == 19
+
+
+def test_a_teacher_with_another_head_is_counted_as_it_is(folder, tmp_path):
+    net = model.build("nano", 3, head_width=24)
+    model.save(tmp_path / "t.pt", net, void=None)
+    metrics = run(folder, tmp_path / "out", "--teacher-ckpt", str(tmp_path / "t.pt"))
+    assert metrics["teacher"]["params"] == model.count_parameters(net)
+    assert metrics["student"]["params"] > metrics["teacher"]["params"]
 
 
 def test_checkpoints_of_another_kind(folder, tmp_path, capsys):
