@@ -87,7 +87,7 @@ def student_table(rows, starts, teacher):
         alone = [run for run in all_alone if run["seed"] in seeds] or all_alone
         whole = mean(teacher) - mean(alone) if alone and teacher else 0
         if whole > 0 and runs not in (all_alone, teacher):
-            closed = f"{(mean(runs) - mean(alone)) / whole:.0%}"
+            closed = f"{round(100 * (mean(runs) - mean(alone)) / whole)}%"
         miou, pixels, edges = (
             mean_and_spread([run[key] for run in runs])
             for key in ("miou", "pixel_acc", "boundary_iou")
@@ -171,10 +171,10 @@ INTRODUCTION = """# Results
 Written by `suite.py`: every number comes from a run whose command is below, for its first seed.
 mIoU, pixel accuracy and boundary IoU are by the full-resolution protocol on the validation images;
 beside them mIoU by the paper's (`eval.py --protocol paper` of the same net). *Of the gap*: how much
-of the gap is closed between the student alone, with as many steps and without class weights, and
-the teacher. Means and standard deviations over seeds. What a command does not say is the same for
-all students; where data and results lie (`--data-dir`, `--out-dir`) is left out. Minutes are those
-of training by the clock, including whatever else the machine did.
+of the gap is closed between the student alone, of the same seeds, with as many steps and without
+class weights, and the teacher. Means and standard deviations over seeds. What a command does not
+say is the same for all students; where data and results lie (`--data-dir`, `--out-dir`) is left
+out. Minutes are those of training by the clock, including whatever else the machine did.
 
 Each section has its own plan and hardware, those of its last run: compare within one only.
 """
