@@ -26,7 +26,7 @@ import doctor
 import prepare
 from catalog import DATASETS, in_parallel, read_image, read_pair, resize_image, resize_label
 from distill import IGNORE, paper_weights
-from files import UserError, as_flag, cli, some
+from files import UserError, as_flag, beside, cli, some
 from sources import SOURCES
 
 # ------------------------------------------------------------------------------------------------
@@ -156,8 +156,8 @@ def open_split(
     files = Files(pairs, dataset.table, short_side)
     if cache == "off":
         return files
-    key = cache_key(dataset, pairs, short_side)
-    folder = cache_folder(data_dir, cache_dir) / f"{dataset.name}-{split}-{key}"
+    name = f"{dataset.name}-{split}-{cache_key(dataset, pairs, short_side)}"
+    folder = cache_folder(data_dir, cache_dir, name) / name
     if not is_cached(folder, files, f"{dataset.name}/{split}", cache_gb):
         return files
     return open_packed(folder, len(files))
@@ -210,7 +210,7 @@ def is_cached(folder, split, title, cache_gb):
 def remove_stale_builds(home):
     """Remove the folders of killed builds: those untouched for ten minutes."""
     for tmp in home.iterdir():
-        if not re.fullmatch(r".+-[0-9a-f]{16}\.tmp\d+", tmp.name):
+        if not re.fullmatch(r".+-[0-9a-f]{16}\.tmp[0-9a-f]+", tmp.name):
             continue
         with contextlib.suppress(OSError):  # finished just now, by another process
             if time.time() - tmp.stat().st_mtime > 600:
@@ -240,10 +240,14 @@ def check_cache(args):
             raise UserError(f"{as_flag(name)} has no effect with --cache off")
 
 
-def cache_folder(data_dir, cache_dir):
-    """--cache-dir, or .cache beside the data, or, where that is read-only, the user's own cache."""
+def cache_folder(data_dir, cache_dir, name):
+    """The folder for the cache `name`: --cache-dir, or .cache beside the data, or, where that is
+    read-only and has not got it yet, the user's own cache.
+    """
     home = Path.home() / ".cache" / "segmentation-student"
     for folder in [Path(cache_dir)] if cache_dir else [Path(data_dir) / ".cache", home]:
+        if (folder / name).is_dir():
+            return folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -267,7 +271,7 @@ def cache_key(dataset, pairs, short_side=None):
 
 def build_cache(folder, split, title):
     """Decode a split, in parallel, into a folder that gets its name when complete."""
-    tmp = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+    tmp = Path(beside(folder))
     try:
         tmp.mkdir()
         np.save(tmp / "index.npy", index_of(decode(split, tmp, title)))

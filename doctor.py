@@ -44,6 +44,8 @@ class Seen:
     between: np.ndarray = dataclasses.field(default_factory=no_pixels)
     contrast: tuple = (0, 0)  # see contrast_of
     top: int = IGNORE  # the largest value that the label's file can hold
+    palette: bytes = b""  # of the label's file, see palette_of
+    one_bit: bool = False  # see has_one_bit
 
     def add(self, label):
         self.counts = np.bincount(label.ravel(), minlength=256)
@@ -62,6 +64,7 @@ def examine(pair, dataset):
             label, seen.top = catalog.read_label(pair[2]), mistakes.largest_index(pair[2])
             if mistakes.start_of(pair[2]).startswith(b"\xff\xd8"):
                 raise UserError(f"{pair[2]}: a JPEG inside, which keeps no ids")
+            seen.palette, seen.one_bit = mistakes.palette_of(pair[2]), mistakes.has_one_bit(pair[2])
             seen.add(label)
         photo = open_image(pair[1])
         image = catalog.upright(photo, pair[1])
@@ -131,6 +134,8 @@ def keep_counted(dataset, splits):
 
 def check(args):
     """python data.py check: sizes, histogram, mistakes; UserError if any is more than a guess."""
+    if args.dataset == "scenes" and args.data_dir:
+        raise UserError("--data-dir has no effect on the drawn scenes: pass --dataset")
     folder = catalog.folder_of(args.dataset, args.data_dir)
     dataset, splits = open_for_check(args.dataset, folder), {}
     for split, pairs in dataset.pairs.items():

@@ -32,6 +32,8 @@ from distill import IGNORE
 from files import UserError
 from nets import resize
 
+AT_ONCE = 2**26  # full-size logits that `predict_ids` holds at a time
+
 # ------------------------------------------------------------------------------------------------
 # metrics
 
@@ -110,25 +112,51 @@ def scores(matrix, edges, num_classes=None):
 # inference
 
 
-def predict(net, images, size, scales=(1.0,), flip=False, window=None, stride=None):
+def predict(net, images, size, **views):
     """Scores (B, K, *size) of normalised images (B, 3, H, W): logits, or the mean softmax of
-    several views. window, stride: side and step of a sliding window, whose logits are averaged.
+    several views (see `logits_of`).
     """
-    views = [(s, f) for s in scales for f in ((False, True) if flip else (False,))]
-    total = 0
-    for scale, mirrored in views:
+    found = logits_of(net, images, **views)
+    n, total = 1, resize(next(found), size)
+    for n, logits in enumerate(found, start=2):
+        total = total.softmax(dim=1) if n == 2 else total
+        total += resize(logits, size).softmax(dim=1)
+    return total / n
+
+
+def predict_ids(net, images, size, **views):
+    """The ids (B, *size) of the classes whose scores by `predict` are largest.
+
+    In less memory, as that holds K maps of the size: of one view, only a few are there at a time.
+    """
+    if len(views.get("scales", [1])) > 1 or views.get("flip"):
+        return predict(net, images, size, **views).argmax(dim=1)
+    (logits,) = logits_of(net, images, **views)
+    best = ids = None
+    n = max(1, AT_ONCE // (len(images) * size[0] * size[1]))
+    for k, part in enumerate(logits.split(n, dim=1)):
+        value, index = resize(part, size).max(dim=1)
+        if best is not None:
+            better = value > best
+            index = torch.where(better, index + k * n, ids)
+            value = torch.where(better, value, best)
+        best, ids = value, index
+    return ids
+
+
+def logits_of(net, images, scales=(1.0,), flip=False, window=None, stride=None):
+    """Yield logits (B, K, h, w) of each view: images resized by `scales`, with flip mirrored too.
+
+    window, stride: side and step of a sliding window, whose logits are averaged.
+    """
+    for scale in scales:
         x = images
         if scale != 1:
             side = [max(32, round(n * scale)) for n in images.shape[2:]]
             x = F.interpolate(x, size=side, mode="bilinear", antialias=scale < 1)
-        x = x.flip(3) if mirrored else x
-        logits = slide(net, x, window, stride) if window else net(x).logits
-        logits = resize(logits.float(), size)
-        logits = logits.flip(3) if mirrored else logits
-        if len(views) == 1:
-            return logits
-        total = total + logits.softmax(dim=1)
-    return total / len(views)
+        for view in (x, x.flip(3)) if flip else (x,):
+            logits = slide(net, view, window, stride) if window else net(view).logits
+            yield logits.float() if view is x else logits.float().flip(3)
 
 
 def slide(net, x, window, stride):
@@ -213,7 +241,7 @@ def evaluate(
             labels = [catalog.resize_label(label, quarter) for label in labels]
         y = torch.from_numpy(np.stack(labels)).to(device)  # (B, H, W)
         with autocast(device, dtype):
-            p = predict(net, x.to(device), y.shape[1:], **views).argmax(dim=1).to(torch.uint8)
+            p = predict_ids(net, x.to(device), y.shape[1:], **views).to(torch.uint8)
         for i, ids, label in zip(indices, p, y):
             part = counts[names.index(parts[i] if parts else "")]
             part[:K] += confusion(ids, label, K)
@@ -309,8 +337,7 @@ def label_photos(net, facts, args, views):
         side = model.photo_side(facts) or max(32, min(image.shape[:2]))  # no net takes less
         x = prepare(image, facts, side).to(args.device)
         with autocast(args.device, args.dtype):
-            ids = predict(net, x, image.shape[:2], **views).argmax(dim=1)[0]
-        ids = ids.to(torch.uint8).cpu().numpy()
+            ids = predict_ids(net, x, image.shape[:2], **views)[0].to(torch.uint8).cpu().numpy()
         ids[ids >= len(facts["classes"])] = IGNORE
         alone = stems.count(path.stem) == 1 and path.stem not in taken
         name = path.stem if alone else path.name  # beside a.jpg: of a.png, and of a.jpg.png

@@ -45,11 +45,11 @@ TIES = 1e-4  # and the share of the pixels in which two masks may differ
 
 
 @torch.no_grad()
-def compare(net, other, tolerance, mean_std=None):
+def compare(net, other, tolerance, mean_std=None, void=None):
     """How far `other` is from `net`, as text; UserError if too far.
 
     other: a function of normalised images that returns logits; or, with mean_std, one of uint8
-    photos (B, H, W, 3) that returns class ids (B, H, W).
+    photos (B, H, W, 3) that returns class ids (B, H, W), see `masked`.
     """
     rng = torch.Generator().manual_seed(0)
     limit, worst = TIES if mean_std else tolerance, 0
@@ -58,7 +58,7 @@ def compare(net, other, tolerance, mean_std=None):
         if mean_std:
             images = torch.randint(256, (B, H, W, 3), dtype=torch.uint8, generator=rng)
             x = normalise(images.permute(0, 3, 1, 2).float() / 255, *mean_std)
-            want = resize(net(x).logits, (H, W)).argmax(dim=1)
+            want = masked(resize(net(x).logits, (H, W)), void)
         else:
             images = torch.randn(B, 3, H, W, generator=rng)
             want = net(images).logits
@@ -207,9 +207,10 @@ class Deployed(nn.Module):
     both uint8.
     """
 
-    def __init__(self, net, mean_std=None):
+    def __init__(self, net, mean_std=None, void=None):
         super().__init__()
         self.encoder, self.head, self.mask = net.encoder, net.head, bool(mean_std)
+        self.void = void
         if isinstance(net.head, model.SegFormerHead):
             self.head = FoldedHead(net.head)
         for name, values in zip(("mean", "std"), mean_std or ()):
@@ -222,14 +223,20 @@ class Deployed(nn.Module):
         logits, _ = self.head(features)
         if not self.mask:
             return logits
-        return resize(logits, images.shape[2:]).argmax(dim=1).to(torch.uint8)
+        return masked(resize(logits, images.shape[2:]), self.void)
 
 
-def trace(net, mean_std):
+def masked(logits, void):
+    """(B, K, H, W) -> (B, H, W) uint8 ids; IGNORE where the output `void`, no class, is largest."""
+    ids = logits.argmax(dim=1).to(torch.uint8)
+    return ids if void is None else ids.masked_fill(ids == void, IGNORE)
+
+
+def trace(net, mean_std, void):
     """An ExportedProgram of `net` for any batch, height and width, and its dynamic_shapes."""
     B, H, W = TRACED
     print(f"tracing {net.name}: a minute or so", flush=True)
-    module = Deployed(net, mean_std).eval().requires_grad_(False)
+    module = Deployed(net, mean_std, void).eval().requires_grad_(False)
     images = torch.zeros(B, H, W, 3, dtype=torch.uint8) if mean_std else torch.zeros(B, 3, H, W)
     at = 1 if mean_std else 2
     free = {0: Dim("batch"), at: Dim("height", min=MIN_SIDE), at + 1: Dim("width", min=MIN_SIDE)}
@@ -250,7 +257,7 @@ def write_onnx(net, facts, folder, mean_std):
     """model.onnx with its weights inside, compared in ONNX Runtime."""
     import onnxruntime
 
-    program, shapes = trace(net, mean_std)
+    program, shapes = trace(net, mean_std, facts["void"])
     program = torch.onnx.export(
         program,
         dynamo=True,
@@ -267,17 +274,18 @@ def write_onnx(net, facts, folder, mean_std):
     def run(images):
         return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
-    return compare(net, run, TOLERANCE, mean_std)
+    return compare(net, run, TOLERANCE, mean_std, facts["void"])
 
 
 def write_pt2(net, facts, folder, mean_std):
     """model.pt2, compared after loading it again."""
-    program, _ = trace(net, mean_std)
+    program, _ = trace(net, mean_std, facts["void"])
     buffer = io.BytesIO()  # torch.export.save to a full disk is a RuntimeError, write_bytes is not
     torch.export.save(program, buffer, extra_files=about(facts))
     path = folder / "model.pt2"
     path.write_bytes(buffer.getvalue())
-    return compare(net, torch.export.load(path).module(), TOLERANCE, mean_std)
+    loaded = torch.export.load(path).module()
+    return compare(net, loaded, TOLERANCE, mean_std, facts["void"])
 
 
 # ------------------------------------------------------------------------------------------------

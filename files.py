@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import math
 import os
+import secrets
 import signal
 import sys
 import time
@@ -122,11 +123,16 @@ def writing(path):
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
 
 
+def beside(path):
+    """A path beside `path`, for what is not finished. Of its own: containers share process ids."""
+    return f"{os.fspath(path)}.tmp{secrets.token_hex(6)}"
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Yield a temporary path beside `path`, renamed to it at the end: a whole file or none."""
     path = os.fspath(path)
-    tmp = f"{path}.tmp{os.getpid()}"
+    tmp = beside(path)
     try:
         with writing(path):
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

@@ -60,6 +60,19 @@ def largest_index(path):
     return 2 ** start[24] - 1 if palette else 255
 
 
+def palette_of(path):
+    """The colours of a palette PNG's indices, three bytes each; b"" of other files."""
+    if start_of(path)[25:26] != b"\x03":
+        return b""
+    with Image.open(path) as opened:
+        return bytes(opened.palette.getdata()[1])
+
+
+def has_one_bit(path):
+    """Whether a PNG has black and white only, which are read as 0 and 1."""
+    return start_of(path)[24:26] == b"\x01\x00"
+
+
 def why_unpaired(root, error):
     """A hint to add to "... have no label: STEM", from the files where labels would be."""
     missing = re.search(r"have no label: (.+?)( \.\.\.|,|$)", error)
@@ -279,8 +292,41 @@ def without_class(files, dataset):
         )
 
 
-LIKELY = [interpolated, few_bits, grey_palette, minus_one, street_ids, plus_one, one_too_many]
-LIKELY += [without_class]  # only the first message is reported
+def many_palettes(files, dataset):
+    first = {}  # index -> its colour, and the file that shows it
+    for seen in files:
+        for k in np.flatnonzero(seen.counts) if seen.palette else ():
+            colour = tuple(seen.palette[3 * k : 3 * k + 3])
+            was, stem = first.setdefault(k, (colour, seen.stem))
+            if was != colour:
+                return (
+                    f"the colour of {k} is {was} in {stem} and {colour} in {seen.stem}: each file "
+                    f"has a palette, and numbers, of its own: {ANEW}"
+                )
+
+
+def one_bit(files, dataset):
+    """What saves a label of 0 and 255 alone in the fewest bits makes 255 a 1."""
+    thin = [seen for seen in files if seen.one_bit and seen.counts[1]]
+    if thin and any(seen.counts[2:].any() for seen in files):
+        return (
+            f"{len(thin)} of {len(files)} labels, such as {thin[0].stem}, have one bit a pixel and "
+            f"are read as 0 and 1: is their white class 1, or {IGNORE}? {ANEW}"
+        )
+
+
+LIKELY = [
+    many_palettes,
+    one_bit,
+    interpolated,
+    few_bits,
+    grey_palette,
+    minus_one,
+    street_ids,
+    plus_one,
+    one_too_many,
+]
+LIKELY += [plus_one, one_too_many, without_class]  # only the first message is reported
 
 # ------------------------------------------------------------------------------------------------
 # what all splits, {split: files}, show: a message, or None

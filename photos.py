@@ -120,16 +120,16 @@ def open_splits(root, store, cache="on", cache_dir=None, cache_gb=None, limit=No
             f"{some(unshared)}"
         )
     if cache == "on":
-        home = data.cache_folder(root, cache_dir)
         for split in splits:
-            split.packed = open_cache(split, home, cache_gb)
+            split.packed = open_cache(split, root, cache_dir, cache_gb)
     return splits
 
 
-def open_cache(photos, home, cache_gb):
+def open_cache(photos, root, cache_dir, cache_gb):
     """The decoded photos, decoded now if necessary; None if they would be too large."""
     title = f"{photos.folder.name}-{photos.store}"
-    folder = home / f"photos-{title}-{cache_key(photos)}"
+    name = f"photos-{title}-{cache_key(photos)}"
+    folder = data.cache_folder(root, cache_dir, name) / name
     if not data.is_cached(folder, photos, title, cache_gb):
         return None
     return data.open_packed(folder, len(photos), with_labels=False)

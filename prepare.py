@@ -15,7 +15,7 @@ import scenes
 from catalog import DATASETS, in_parallel, open_dataset, read_mat
 from classes import NYU13, NYU40, NYU40_TO_13, NYU_CLASS_38, NYU_CLASS_39, NYU_CLASSES_1_TO_37
 from distill import IGNORE
-from files import Progress, UserError, atomic, write_text
+from files import Progress, UserError, atomic, beside, write_text
 from sources import SOURCES, how_to_get, is_free
 
 
@@ -26,8 +26,7 @@ def export_scenes(args):
         raise UserError("--count must be at least 1")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root}: not empty; pass a new folder as --out-dir")
-    home = root.absolute()
-    tmp = home.with_name(f"{home.name}.tmp{os.getpid()}")  # renamed when complete
+    tmp = Path(beside(root.absolute()))  # renamed when complete
     try:
         for folder in ("images", "labels"):
             (tmp / folder).mkdir(parents=True)

@@ -354,7 +354,7 @@ def pictures(run, nets, titles, rows=4, width=320):
         maps = []
         for net, facts in nets:
             x = evaluation.prepare(image, facts, facts["resize"]).to(run.device)
-            maps.append(evaluation.predict(net, x, label.shape).argmax(dim=1)[0].cpu().numpy())
+            maps.append(evaluation.predict_ids(net, x, label.shape)[0].cpu().numpy())
         row = [image, *(evaluation.paint(ids, run.dataset.palette) for ids in [label, *maps])]
         size = (width, width * image.shape[0] // image.shape[1])
         row = [np.asarray(Image.fromarray(p).resize(size, Image.NEAREST)) for p in row]

@@ -157,12 +157,17 @@ def read(source):
     return state, facts
 
 
+OWNERS = ("nvidia", "OpenGVLab", "torchvision")  # whose names are not those of files, even where
+# a folder is called like them
+
+
 def locate(source):
     path = Path(source)
     if path.exists():
         return path
     name = str(source)
-    a_file = re.search(r"\.(pt|pth|bin|safetensors|ckpt)$", name) or path.parent.exists()
+    here = path.parent.exists() and path.parts[0] not in OWNERS
+    a_file = re.search(r"\.(pt|pth|bin|safetensors|ckpt)$", name) or here
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not a_file:
         home, model = name.split("/")
         if home == "torchvision":

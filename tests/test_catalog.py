@@ -208,6 +208,22 @@ def test_cocostuff(tmp_path):
     assert len(dataset.pairs["val"]) == 2 and len(COCO_STUFF_UNUSED) == 11
 
 
+def test_cocos_own_annotations_beside_the_maps(tmp_path):
+    root = cocostuff164k(tmp_path, maps="stuffthingmaps")
+    (root / "annotations").mkdir()
+    (root / "annotations/instances_train2017.json").write_text("{}")
+    assert len(catalog.open_dataset("cocostuff164k", root).pairs["train"]) == 2
+
+
+@pytest.mark.parametrize("name", ["cityscapes", "acdc"])
+def test_what_macos_leaves_beside_images(tmp_path, name):
+    root = dict(cityscapes=cityscapes, acdc=acdc)[name](tmp_path)
+    before = catalog.open_dataset(name, root).pairs
+    for path in [p for p in root.rglob("*.png") if "train" in p.parts]:
+        path.with_name(f"._{path.name}").write_bytes(b"Mac OS X")
+    assert catalog.open_dataset(name, root).pairs == before
+
+
 def test_cocostuff10k(tmp_path):
     dataset = catalog.open_dataset("cocostuff10k", cocostuff10k(tmp_path))
     assert {k: len(v) for k, v in dataset.pairs.items()} == dict(train=2, val=1)

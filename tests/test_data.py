@@ -253,8 +253,32 @@ def test_read_only_data_is_cached_in_the_home(folder, tmp_path, monkeypatch):
     split = data.open_split(catalog.open_dataset("folder", folder), "val", folder)
     assert isinstance(split, data.Packed) and list((tmp_path / "home/.cache").rglob("images.bin"))
     with pytest.raises(UserError, match="--cache off"):
-        data.cache_folder(folder, folder / ".cache")
+        data.cache_folder(folder, folder / ".cache", "a name")
     assert not list((tmp_path / "home/.cache").rglob("tmp*"))
+
+
+def test_a_cache_on_a_read_only_disk_is_used(folder, tmp_path, monkeypatch):
+    def refuse(dir):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    dataset = catalog.open_dataset("folder", folder)
+    data.open_split(dataset, "train", folder)
+    monkeypatch.setattr(data.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for cache_dir in (None, folder / ".cache"):
+        split = data.open_split(dataset, "train", folder, cache_dir=cache_dir)
+        assert isinstance(split, data.Packed)
+    assert not (tmp_path / "home").exists()
+
+
+def test_processes_of_one_number_do_not_share_a_build(folder, monkeypatch):
+    """In containers that share a disk numbers are small, and the same."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    dataset = catalog.open_dataset("folder", folder)
+    key = data.cache_key(dataset, dataset.pairs["train"])
+    other = folder / f".cache/folder-train-{key}.tmp7"
+    other.mkdir(parents=True)
+    assert isinstance(data.open_split(dataset, "train", folder), data.Packed) and other.exists()
 
 
 KILLED = """

@@ -32,6 +32,8 @@ WORDS = {  # what to look for in the doctor's words, for each mistake
     "void is 0": r"is 0 void\? Then",
     "one too many": r"one too many",
     "shifted": r"shifted by one\?",
+    "palettes": r"each file has a palette, and numbers, of its own",
+    "one bit": r"have one bit a pixel and are read as 0 and 1: is their white class 1, or 255\?",
     "few bits": r"have a palette that ends at \d+: void, 255, became \d+ when",
     "shifted down": r"shifted by minus one",
     "palette": r"in the colours of this data set",
@@ -217,6 +219,8 @@ def test_drawn_scenes_are_clean(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scenes, "SPLITS", few)
     doctor.check(SimpleNamespace(dataset="scenes", data_dir=None))  # and as they are drawn
     assert "no problem found" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--data-dir has no effect on the drawn scenes"):
+        doctor.check(SimpleNamespace(dataset="scenes", data_dir=str(tmp_path / "s")))
 
 
 TREES = dict(
@@ -324,6 +328,31 @@ def test_palettes_of_few_bits_lose_void(tmp_path, capsys, k, named):
         label.save(path)
     assert check(root, capsys)[0] == {"few bits"}
     assert np.asarray(Image.open(path)).max() == (3 if k == 3 else 15)
+
+
+def test_a_palette_of_each_files_own(tmp_path, capsys):
+    """What saves pictures of the classes' colours with few colours, numbers them anew each time."""
+    root = town(tmp_path / "data")
+    relabel(root, lambda y: np.where(y == y[9, 9], 0, y).astype(np.uint8))
+    for path in sorted((root / "labels").iterdir()):
+        label = np.asarray(Image.open(path))
+        palette = Image.fromarray(label).convert("P")
+        palette.putdata(label.ravel().tolist())
+        palette.putpalette(COLOURS.astype(np.uint8).ravel().tolist())
+        palette.save(path)
+    assert check(root, capsys)[0] == set()
+    for path in (root / "labels").iterdir():
+        Image.open(path).convert("RGB").quantize().save(path)
+    named, _, error = check(root, capsys)
+    assert named == {"palettes"} and re.search(r"the colour of \d+ is \(.*\) in p0 and \(", error)
+
+
+def test_void_that_became_1(tmp_path, capsys):
+    """What saves a label of 0 and 255 alone with one bit a pixel: 255 is white, and read as 1."""
+    root = town(tmp_path / "data")
+    relabel(root, lambda y: y > 3, only=2)
+    named, _, error = check(root, capsys)
+    assert named == {"one bit"} and "2 of 4 labels, such as p0, have" in error
 
 
 def test_grey_levels_without_classes_txt(tmp_path, capsys):

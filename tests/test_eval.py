@@ -149,6 +149,21 @@ def test_views_agree_on_an_easy_image(views):
     assert (got.argmax(1)[0].numpy() == label).mean() > 0.97
 
 
+@pytest.mark.parametrize(
+    "views", [{}, dict(scales=(0.75,)), dict(window=48, stride=32), dict(flip=True, scales=(1, 2))]
+)
+@pytest.mark.parametrize("at_once", [1, 2 * 2 * 61 * 90, 10**9])
+def test_ids_are_those_of_the_largest_scores(monkeypatch, views, at_once):
+    monkeypatch.setattr(evaluation, "AT_ONCE", at_once)  # one class, two, all
+    net = model.build("nano", 5).eval()
+    net.head.classifier.weight.data[3] = net.head.classifier.weight.data[1]  # a tie: the first
+    x = torch.randn(2, 3, 61, 90)
+    with torch.no_grad():
+        scores = evaluation.predict(net, x, (61, 90), **views)
+        ids = evaluation.predict_ids(net, x, (61, 90), **views)
+    assert torch.equal(ids, scores.argmax(dim=1)) and len(ids.unique()) > 1
+
+
 def test_views_are_means():
     net = model.build("nano", 3).eval()
     x = torch.randn(1, 3, 64, 96)
@@ -255,8 +270,8 @@ def test_json_is_one_object_and_nothing_else(capsys, folder, ckpt):
 )
 def test_the_views_are_those_that_were_asked_for(monkeypatch, capsys, folder, ckpt, words, views):
     seen = []
-    predict = evaluation.predict
-    monkeypatch.setattr(evaluation, "predict", lambda *a, **k: seen.append(k) or predict(*a, **k))
+    real = evaluation.predict_ids
+    monkeypatch.setattr(evaluation, "predict_ids", lambda *a, **k: seen.append(k) or real(*a, **k))
     run("--ckpt", ckpt, "--data-dir", folder, *words.split())
     assert seen == [dict(scales=[1.0], flip=False, window=None, stride=0) | views]
 
@@ -502,7 +517,7 @@ def test_parts_and_all_together():
 @pytest.mark.parametrize("facts, side", [(dict(), 64), (dict(resize=96), 96), (None, 80)])
 def test_photos_are_resized_as_the_net_knows_them(monkeypatch, tmp_path, facts, side):
     """To what it says, or else to the training images' size, unless another is asked for."""
-    sides, seen, prepare, predict = [], [], evaluation.prepare, evaluation.predict
+    sides, seen, prepare, predict = [], [], evaluation.prepare, evaluation.predict_ids
 
     def prepared(image, facts, short_side=None):
         sides.append(short_side)
@@ -513,7 +528,7 @@ def test_photos_are_resized_as_the_net_knows_them(monkeypatch, tmp_path, facts, 
         return predict(*a, **kw)
 
     monkeypatch.setattr(evaluation, "prepare", prepared)
-    monkeypatch.setattr(evaluation, "predict", predicted)
+    monkeypatch.setattr(evaluation, "predict_ids", predicted)
     ckpt, photo = tmp_path / "net.pt", tmp_path / "a.png"
     Image.new("RGB", (90, 50), "white").save(photo)
     model.save(ckpt, model.build("nano", 3), **FACTS | (facts or {}))

@@ -470,3 +470,6 @@ def test_names_of_the_hub_are_told_from_paths(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="no such file"):
             weights.locate(path)
     assert len(asked) == 1
+    (tmp_path / "nvidia").mkdir()  # with another net in it
+    weights.locate("nvidia/mit-b2")
+    assert asked == ["nvidia/mit-b2"] * 2
