@@ -461,7 +461,7 @@ def test_tables_of_classifiers(place, monkeypatch):
 
 
 def test_columns_are_those_of_the_head():
-    run = dict(miou=0.1, pixel_acc=0.5, boundary_iou=0.25, paper=None, seconds=60, steps=1)
+    run = dict(miou=0.1, pixel_acc=0.5, boundary_iou=0.25, paper=None, seconds=60, steps=1, seed=0)
     head, _, row = results.student_table(dict(kd=[run]), {}, None)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, row)]
     found = dict(zip(*cells))
