@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import distill
 import weights
 from distill import IGNORE, Method, valid_mean
 from files import UserError
@@ -32,8 +33,7 @@ def kl(student, teacher):
 
     As in the code; in the paper's equations student and teacher are reported to be swapped.
     """
-    log_s, log_t = (z.float().log_softmax(dim=1) for z in (student, teacher))
-    return F.kl_div(log_s, log_t, reduction="none", log_target=True).mean()
+    return distill.kl(student, teacher, dim=1).mean() / student.shape[1]
 
 
 def graph(student, teacher):

@@ -279,14 +279,14 @@ def open_ade20k(root):
 def open_cocostuff164k(root):
     """COCO-Stuff: images/SPLIT2017/*.jpg, annotations/SPLIT2017/*.png of stuffthingmaps."""
     pairs = {}
-    for split in (f"{name}2017" for name in ("train", "val")):
-        images = files_in(inside(root, "images") / split)
+    for split in ("train", "val"):
+        images = files_in(inside(root, "images") / f"{split}2017")
         homes = ("annotations", "stuffthingmaps", "stuffthingmaps_trainval2017")
-        maps = [root / home / split for home in homes]  # COCO's own annotations are JSON files
+        maps = [root / home / f"{split}2017" for home in homes]  # COCO's annotations are JSON files
         maps = next((folder for folder in maps if folder.is_dir()), maps[0])
         labels = files_in(maps, (".png",))
         labels = {s: p for s, p in labels.items() if not s.endswith("_labelTrainIds")}
-        pairs[split.removesuffix("2017")] = pair_up(images, labels, sorted(labels), maps)
+        pairs[split] = pair_up(images, labels, sorted(labels), maps)
     ids = tuple(k for k in range(182) if k not in COCO_STUFF_UNUSED)
     table = label_table(ids, COCO_STUFF_UNUSED)
     return Dataset("cocostuff164k", COCO_STUFF, colours(171), table, pairs, ids)

@@ -157,7 +157,7 @@ def open_split(
     if cache == "off":
         return files
     name = f"{dataset.name}-{split}-{cache_key(dataset, pairs, short_side)}"
-    folder = cache_folder(data_dir, cache_dir, name) / name
+    folder = cache_folder(data_dir, cache_dir, name)
     if not is_cached(folder, files, f"{dataset.name}/{split}", cache_gb):
         return files
     return open_packed(folder, len(files))
@@ -241,17 +241,17 @@ def check_cache(args):
 
 
 def cache_folder(data_dir, cache_dir, name):
-    """The folder for the cache `name`: --cache-dir, or .cache beside the data, or, where that is
-    read-only and has not got it yet, the user's own cache.
+    """The folder of the cache `name`, built or not: in --cache-dir, or .cache beside the data, or,
+    where that is read-only and has not got it yet, the user's own cache.
     """
     home = Path.home() / ".cache" / "segmentation-student"
     for folder in [Path(cache_dir)] if cache_dir else [Path(data_dir) / ".cache", home]:
         if (folder / name).is_dir():
-            return folder
+            return folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
-                return folder
+                return folder / name
         except OSError:
             continue
     raise UserError(

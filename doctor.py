@@ -45,7 +45,13 @@ class Seen:
     contrast: tuple = (0, 0)  # see contrast_of
     top: int = IGNORE  # the largest value that the label's file can hold
     palette: bytes = b""  # of the label's file, see palette_of
-    one_bit: bool = False  # see has_one_bit
+    one_bit: bool = False  # whether that is of black and white, which are read as 0 and 1
+
+    def add_form(self, path, start):
+        bits, kind = mistakes.png_kind(start)
+        self.one_bit = (bits, kind) == (1, mistakes.GREY)
+        if kind == mistakes.PALETTE:
+            self.top, self.palette = 2**bits - 1, mistakes.palette_of(path)
 
     def add(self, label):
         self.counts = np.bincount(label.ravel(), minlength=256)
@@ -61,10 +67,10 @@ def examine(pair, dataset):
     seen = Seen(pair[0])
     try:
         if pair[2] is not None:  # not withheld
-            label, seen.top = catalog.read_label(pair[2]), mistakes.largest_index(pair[2])
-            if mistakes.start_of(pair[2]).startswith(b"\xff\xd8"):
+            label, start = catalog.read_label(pair[2]), mistakes.start_of(pair[2])
+            if start.startswith(b"\xff\xd8"):
                 raise UserError(f"{pair[2]}: a JPEG inside, which keeps no ids")
-            seen.palette, seen.one_bit = mistakes.palette_of(pair[2]), mistakes.has_one_bit(pair[2])
+            seen.add_form(pair[2], start)
             seen.add(label)
         photo = open_image(pair[1])
         image = catalog.upright(photo, pair[1])

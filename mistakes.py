@@ -19,6 +19,7 @@ from distill import IGNORE
 from files import UserError, some
 
 ORIENTATION = 0x0112  # the EXIF tag
+GREY, PALETTE = 0, 3  # kinds of PNG
 SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
 VOID_NAME = "void|unlabell?ed|ignored?|unknown|no ?data|no ?label|don ?t ?care|out of roi"
 WHITE_AND_VOC_BORDER = (255, 255, 255), (224, 224, 192)
@@ -53,24 +54,16 @@ def start_of(path):
         return f.read(32)
 
 
-def largest_index(path):
-    """The largest value that a label file can hold: below 255 in a palette of fewer than 8 bits."""
-    start = start_of(path)
-    palette = start.startswith(b"\x89PNG") and start[25:26] == b"\x03"
-    return 2 ** start[24] - 1 if palette else 255
+def png_kind(start):
+    """(bits, GREY, PALETTE or another number) of the PNG that starts so; else (None, None)."""
+    whole = start.startswith(b"\x89PNG") and len(start) > 25
+    return (start[24], start[25]) if whole else (None, None)
 
 
 def palette_of(path):
-    """The colours of a palette PNG's indices, three bytes each; b"" of other files."""
-    if start_of(path)[25:26] != b"\x03":
-        return b""
+    """The colours of a palette PNG's indices, three bytes each."""
     with Image.open(path) as opened:
         return bytes(opened.palette.getdata()[1])
-
-
-def has_one_bit(path):
-    """Whether a PNG has black and white only, which are read as 0 and 1."""
-    return start_of(path)[24:26] == b"\x01\x00"
 
 
 def why_unpaired(root, error):
@@ -315,17 +308,7 @@ def one_bit(files, dataset):
         )
 
 
-LIKELY = [
-    many_palettes,
-    one_bit,
-    interpolated,
-    few_bits,
-    grey_palette,
-    minus_one,
-    street_ids,
-    plus_one,
-    one_too_many,
-]
+LIKELY = [many_palettes, one_bit, interpolated, few_bits, grey_palette, minus_one, street_ids]
 LIKELY += [plus_one, one_too_many, without_class]  # only the first message is reported
 
 # ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ the middle.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import os
@@ -49,6 +50,12 @@ class Photos:
 
     def path(self, i):
         return self.folder / os.fsdecode(self.names[i])
+
+    @functools.cached_property
+    def stats(self):
+        """(N, 2): size, and time of change in ns, of every file; an array as `names` is."""
+        found = (self.path(i).stat() for i in range(len(self)))
+        return np.array([(stat.st_size, stat.st_mtime_ns) for stat in found])
 
     def image(self, i):
         if self.packed:
@@ -129,7 +136,7 @@ def open_cache(photos, root, cache_dir, cache_gb):
     """The decoded photos, decoded now if necessary; None if they would be too large."""
     title = f"{photos.folder.name}-{photos.store}"
     name = f"photos-{title}-{cache_key(photos)}"
-    folder = data.cache_folder(root, cache_dir, name) / name
+    folder = data.cache_folder(root, cache_dir, name)
     if not data.is_cached(folder, photos, title, cache_gb):
         return None
     return data.open_packed(folder, len(photos), with_labels=False)
@@ -137,11 +144,9 @@ def open_cache(photos, root, cache_dir, cache_gb):
 
 def cache_key(photos):
     """A hash of the folder and of the files' names, sizes and times."""
-    folder = os.fsencode(photos.folder.resolve())
-    facts = hashlib.sha256(folder)
-    for name in photos.names.tolist():
-        stat = os.stat(os.path.join(folder, name))
-        facts.update(b"%s %d %d\n" % (name, stat.st_size, stat.st_mtime_ns))
+    facts = hashlib.sha256(os.fsencode(photos.folder.resolve()))
+    for name, stat in zip(photos.names.tolist(), photos.stats.tolist()):
+        facts.update(b"%s %d %d\n" % (name, *stat))
     return facts.hexdigest()[:16]
 
 
@@ -149,8 +154,8 @@ def fingerprint(*splits):
     """A hash of the files' names and sizes, but not of their folder."""
     facts = hashlib.sha256()
     for photos in splits:
-        for i, name in enumerate(photos.names.tolist()):
-            facts.update(b"%s %d\n" % (name, photos.path(i).stat().st_size))
+        for name, size in zip(photos.names.tolist(), photos.stats[:, 0].tolist()):
+            facts.update(b"%s %d\n" % (name, size))
     return facts.hexdigest()[:16]
 
 

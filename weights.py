@@ -157,8 +157,8 @@ def read(source):
     return state, facts
 
 
-OWNERS = ("nvidia", "OpenGVLab", "torchvision")  # whose names are not those of files, even where
-# a folder is called like them
+# what they publish is looked for there, even where a folder is called like them
+OWNERS = ("nvidia", "OpenGVLab", "torchvision")
 
 
 def locate(source):
