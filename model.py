@@ -24,7 +24,7 @@ from torch import nn
 import cnn
 import weights
 from files import UserError, save_tensors, some
-from nets import Drop, Output, resize
+from nets import Drop, Output, full_precision, resize
 from weights import IMAGENET_MEAN, IMAGENET_STD
 
 # name: (embed dims, heads, depths, head width). nano is ours, for tests and the demo; lvt and the
@@ -59,13 +59,24 @@ def to_tokens(x):
     return x.flatten(2).transpose(1, 2)
 
 
+class LayerNorm(nn.LayerNorm):
+    """bfloat16 in, bfloat16 out: a GPU's autocast would make it, and all it is added to, float32."""
+
+    def forward(self, x):
+        if x.dtype != torch.bfloat16:
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with full_precision(x):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class PatchEmbed(nn.Module):
     """Overlapping patch embedding (SegFormer, section 3.1): strided conv, LayerNorm on tokens."""
 
     def __init__(self, c_in, c_out, kernel, stride):
         super().__init__()
         self.proj = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2)
-        self.norm = nn.LayerNorm(c_out, eps=1e-5)
+        self.norm = LayerNorm(c_out, eps=1e-5)
 
     def forward(self, x):
         x = self.proj(x)  # (B, C, H, W)
@@ -99,7 +110,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
-            self.norm = nn.LayerNorm(dim, eps=1e-5)
+            self.norm = LayerNorm(dim, eps=1e-5)
 
     def queries(self, x, H, W):
         return self.q(x)  # (B, N, C)
@@ -135,9 +146,9 @@ class Block(nn.Module):
 
     def __init__(self, dim, attn, mlp, drop_path, eps=1e-6):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm1 = LayerNorm(dim, eps=eps)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = mlp
         self.drop_path = Drop(drop_path, dims=1)
 
@@ -156,7 +167,7 @@ class Stage(nn.Module):
             Block(dim, Attention(dim, heads, sr_ratio), MixFFN(dim, mlp_ratio), p)
             for p in drop_paths
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim, eps=1e-6)
 
     def forward(self, x):
         embedding, H, W = self.patch_embed(x)  # (B, H*W, C)

@@ -201,7 +201,7 @@ SHORT = FULL | dict(
         main=["alone", "alone, pre-trained", "transkd-base", "CSF alone", "PEA alone"]
         + ["alone, twice the steps", "alone, pre-trained, lower rate"]
         + ["transkd-gl", "transkd-ea"],
-        ablations=["weighted classes", "alone, weighted classes"],
+        ablations=["and cwd", "weighted classes", "alone, weighted classes"],
     ),
     pretrain="--size 64 --batch-size 1024 --epochs 12 --lr 1e-3 --warmup 0.1 --area 0.3 1 "
     "--colour 0.2",
