@@ -88,10 +88,9 @@ def test_logits_of_a_trained_net(trained, variant):
 @pytest.mark.parametrize("taught", [False, True])
 def test_maps_stay_bfloat16(trained, taught):
     """Also the residual stream, of which all layers are functions: half the bytes to move."""
-    net, images, _ = trained
+    net = Teacher(trained[0], FACTS, *MINE, dtype="bfloat16") if taught else trained[0]
     with evaluation.autocast(GPU, "bfloat16"):
-        net, images = net.to(GPU), images.to(GPU)
-        out = Teacher(net, FACTS, *MINE, dtype="bfloat16").to(GPU)(images) if taught else net(images)
+        out = net.to(GPU)(trained[1].to(GPU))
     assert {x.dtype for x in (*out.features, *out.embeddings)} == {torch.bfloat16}
 
 
