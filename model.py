@@ -60,7 +60,7 @@ def to_tokens(x):
 
 
 class LayerNorm(nn.LayerNorm):
-    """bfloat16 in, bfloat16 out: a GPU's autocast would make it, and all it is added to, float32."""
+    """Keeps bfloat16: under a GPU's autocast it, and all it is added to, would be float32."""
 
     def forward(self, x):
         if x.dtype != torch.bfloat16:
