@@ -20,7 +20,7 @@ from torch import nn
 
 from files import UserError
 from model import PATCHES, PatchEmbed, init_weights
-from nets import full_precision, resize
+from nets import by_products, full_precision, resize
 from parallel import process_mean, rank_and_world
 
 IGNORE = 255  # the label of pixels that no loss and no metric counts
@@ -127,18 +127,11 @@ def hcl(student, teacher):
 
 
 def pooled(x, n):
-    """F.adaptive_avg_pool2d(x, n) of a channels-last map (B, C, H, W): (B, n, n, C).
-
-    As products with the matrices that average windows of rows and of columns: on a GPU, torch's
-    kernel takes several times as long as reading x.
-    """
-    rows, columns = (
-        F.adaptive_avg_pool1d(torch.eye(size, device=x.device), n).mT for size in x.shape[2:]
-    )  # (n, H), (n, W)
-    B, C, H, W = x.shape
+    """F.adaptive_avg_pool2d(x, n) of a map (B, C, H, W), as products with the matrices that average
+    windows of rows and of columns."""
+    ones = (torch.eye(size, device=x.device) for size in x.shape[2:])
     with full_precision(x):
-        x = rows.expand(B, n, H) @ x.permute(0, 2, 3, 1).flatten(2)  # (B, n, W * C)
-        return columns @ x.view(B, n, W, C)
+        return by_products(x, *(F.adaptive_avg_pool1d(one, n).mT for one in ones))  # (B, C, n, n)
 
 
 def kl(student, teacher, dim, T=1.0):

@@ -53,12 +53,12 @@ def cuts(s, t, rows):
     """
     own = s, t
     s, t = gather(s), gather(t)
-    drawn = torch.randperm(s.shape[0] * s.shape[1], device=s.device)[:rows]
-    return (
-        own,  # (B, N, C)
-        (s.transpose(0, 1), t.transpose(0, 1)),  # (N, B, C)
-        (s.flatten(0, 1)[drawn], t.flatten(0, 1)[drawn]),  # (K, C)
-    )
+    samples = s.transpose(0, 1), t.transpose(0, 1)
+    random = s.flatten(0, 1), t.flatten(0, 1)
+    if rows < len(random[0]):
+        drawn = torch.randperm(len(random[0]), device=s.device)[:rows]
+        random = tuple(x[drawn] for x in random)
+    return own, samples, random  # (B, N, C), (N, B, C), (K, C)
 
 
 class Manifold(Method):

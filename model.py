@@ -24,7 +24,7 @@ from torch import nn
 import cnn
 import weights
 from files import UserError, save_tensors, some
-from nets import Drop, Output, full_precision, resize
+from nets import Drop, Output, full_precision, resize, resize_by_products
 from weights import IMAGENET_MEAN, IMAGENET_STD
 
 # name: (embed dims, heads, depths, head width). nano is ours, for tests and the demo; lvt and the
@@ -256,11 +256,12 @@ class SegFormerHead(nn.Module):
 
     def fuse_merged(self, features):
         size = features[0].shape[2:]
+        enlarge = resize_by_products if features[0].is_cuda else resize  # the faster there
         fuse = self.fuse.weight.flatten(1).chunk(4, dim=1)  # 4 x (width, width), stages 4 to 1
         total = 0
         for fc, f, w in zip(self.linears, features, reversed(fuse)):
             y = F.linear(to_tokens(f), w @ fc.weight, w @ fc.bias)  # (B, H_i * W_i, width)
-            total = total + resize(to_map(y, *f.shape[2:]), size)
+            total = total + enlarge(to_map(y, *f.shape[2:]), size)
         return total  # (B, width, H/4, W/4)
 
 

@@ -85,15 +85,6 @@ def test_logits_of_a_trained_net(trained, variant):
     assert (got.argmax(1) == want.argmax(1)).float().mean() > 0.98
 
 
-@pytest.mark.parametrize("taught", [False, True])
-def test_maps_stay_bfloat16(trained, taught):
-    """Also the residual stream, of which all layers are functions: half the bytes to move."""
-    net = Teacher(trained[0], FACTS, *MINE, dtype="bfloat16") if taught else trained[0]
-    with evaluation.autocast(GPU, "bfloat16"):
-        out = net.to(GPU)(trained[1].to(GPU))
-    assert {x.dtype for x in (*out.features, *out.embeddings)} == {torch.bfloat16}
-
-
 def test_scores_are_the_same(trained, place):
     net, facts = model.load(trained[2])
     split = data.open_split(catalog.open_dataset("folder", place), "val", cache="off")

@@ -120,6 +120,16 @@ def test_a_step_lies_on_the_gpu_in_float32_terms_and_waits_for_nothing(spec, dty
     assert not waits.found
 
 
+@pytest.mark.parametrize("name", ["nano", "lvt", "pvt_v2_b0"])
+def test_maps_stay_bfloat16(name):
+    """With all that LayerNorms' outputs are added to: half the bytes to move."""
+    mode = FakeTensorMode()
+    (net,) = to_gpu(mode, model.build(name, 5))
+    with mode, autocast(torch.bfloat16):
+        out = net(torch.zeros(2, 3, 64, 96, device=GPU))
+    assert {x.dtype for x in (*out.features, *out.embeddings)} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("method", [name for name in pretrain.WEIGHTS if name != "none"])
 @pytest.mark.parametrize("nets", [("b0", "nano"), ("vit_small", "vit_tiny")])
 def test_likewise_between_classifiers(nets, method):

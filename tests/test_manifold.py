@@ -100,7 +100,10 @@ def test_cuts_in_float64(B, N, cs, ct):
 
 def test_all_rows_are_the_whole_table():
     s, t = torch.randn(2, 6, 16), torch.randn(2, 6, 20)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
     got = terms(only(s), only(t), manifold_patch_weight=0.0, manifold_sample_weight=0.0)
+    assert torch.get_rng_state().equal(state)  # torch 2.11 cannot compile a draw of all
     whole = by_loops(s, t, range(12))[2]
     assert list(got) == ["random"] and got["random"] == pytest.approx(0.2 * whole, rel=1e-5)
     assert terms(only(s), only(t), seed=1)["random"] == pytest.approx(0.2 * whole, rel=1e-5)

@@ -9,6 +9,7 @@ import torch
 
 import files
 import model
+import nets
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_segformer.json").read_text())
 PARAMS = dict(b0=3719284, b1=13682388, b2=27362004, b3=47237844, b4=64008404, b5=84608724)
@@ -67,6 +68,24 @@ def test_equals_the_independent_implementation(name):
 def test_too_small_an_image():
     with pytest.raises(files.UserError, match="31x64 pixels: nano needs 32x32"):
         model.build("nano", 2)(torch.zeros(1, 3, 31, 64))
+
+
+@pytest.mark.parametrize("size", [(18, 26), (72, 104), (35, 50), (5, 7), (9, 13)])
+def test_resizing_by_products(size):
+    """Values and gradients; in bfloat16 with one rounding more, where the weights are exact."""
+    x = torch.randn(2, 3, 9, 13, dtype=torch.float64, requires_grad=True)
+    for weights in (None, torch.randn(size)):  # all alike, and not
+        found = []
+        for resize in (nets.resize, nets.resize_by_products):
+            y = resize(x, size)
+            grads = torch.autograd.grad((y if weights is None else y * weights).sum(), x)
+            found.append((y, *grads))
+        for want, got in zip(*found):
+            assert torch.allclose(got, want, rtol=0, atol=1e-5)  # float32 weights
+    if size in [(18, 26), (72, 104)]:
+        want = nets.resize(x, size)
+        got = nets.resize_by_products(x.bfloat16(), size)
+        assert got.dtype == torch.bfloat16 and (got - want).norm() < 4e-3 * want.norm()
 
 
 def test_merged_head_is_the_head_as_written():
