@@ -161,7 +161,7 @@ def encoders(jobs, names):
     for job in jobs:
         e = {} if job.row else read(job.made).get("encoder", {})
         if e.get("model") in names:
-            cost = f"{e['steps']} steps, {e['seconds'] / 60:.0f} minutes"
+            cost = f"{e['steps']} steps, {e['seconds'] / 60:.1f} minutes"
             lines += [f"- {e['model']}: top-1 {e['top1']:.1%}, {cost}: `{job.command}`"]
     return ["Encoders are pre-trained as classifiers:", "", *lines, ""] if lines else []
 
