@@ -200,7 +200,7 @@ SHORT = FULL | dict(
     rows=dict(
         main=["alone", "alone, pre-trained", "transkd-base", "CSF alone", "PEA alone"]
         + ["alone, twice the steps", "alone, pre-trained, lower rate"]
-        + ["transkd-gl", "transkd-ea"],
+        + ["transkd-gl", "transkd-ea", "transkd-base, twice the steps"],
         ablations=["and cwd", "weighted classes", "alone, weighted classes"],
     ),
     pretrain="--size 64 --batch-size 1024 --epochs 12 --lr 1e-3 --warmup 0.1 --area 0.3 1 "
