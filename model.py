@@ -60,14 +60,20 @@ def to_tokens(x):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Keeps bfloat16: under a GPU's autocast it, and all it is added to, would be float32."""
+    """Keeps bfloat16: under a GPU's autocast it, and all it is added to, would be float32.
+
+    On a CPU torch's kernel sums the gradients of weight and bias in bfloat16: over ten thousand
+    tokens most of the sum is lost. So there both are applied by operations of their own.
+    """
 
     def forward(self, x):
         if x.dtype != torch.bfloat16:
             return super().forward(x)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         with full_precision(x):
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+            if x.is_cuda:
+                return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+            return F.layer_norm(x, self.normalized_shape, None, None, self.eps) * weight + bias
 
 
 class PatchEmbed(nn.Module):

@@ -158,9 +158,9 @@ class Graphed:
                 self.outputs = self.work(*self.inputs)
         except RuntimeError as e:
             cause = e.__context__ or e  # the end of the recording fails too
-            if isinstance(cause, torch.OutOfMemoryError):
+            if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, Exception):
                 raise cause from None
-            reason = str(cause).splitlines()[0]
+            reason = (str(cause) or repr(cause)).splitlines()[0]
             raise UserError(
                 f"this step cannot be recorded as a CUDA graph ({reason}): do without --graphs"
             ) from e

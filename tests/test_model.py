@@ -70,6 +70,20 @@ def test_too_small_an_image():
         model.build("nano", 2)(torch.zeros(1, 3, 31, 64))
 
 
+def test_bfloat16_norms_have_the_gradients_of_float32():
+    """Sums over many tokens, of which bfloat16 would lose most."""
+    torch.manual_seed(0)
+    norm, x = model.LayerNorm(32, eps=1e-6), torch.randn(4, 8192, 32)
+    torch.nn.init.normal_(norm.weight)
+    g = 1e-3 * torch.randn_like(x) + 1e-4
+    want = torch.autograd.grad(norm(x.bfloat16().float()), norm.parameters(), g)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    for a, b in zip(torch.autograd.grad(y, norm.parameters(), g.bfloat16()), want):
+        assert (a - b).norm() < 0.01 * b.norm()
+
+
 @pytest.mark.parametrize("size", [(18, 26), (72, 104), (35, 50), (5, 7), (9, 13)])
 def test_resizing_by_products(size):
     """Values and gradients; in bfloat16 with one rounding more, where the weights are exact."""
