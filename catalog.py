@@ -339,8 +339,11 @@ def read_classes(path):
         raise UserError(f"{path}: {len(lines)} classes, 1 to 255 are possible (255 = ignore)")
     for line, colour in zip(lines, colours(len(lines))):
         words = line.replace(",", " ").split()
-        if len(words) > 3 and all(w.isdigit() and int(w) < 256 for w in words[-3:]):
-            classes.append((" ".join(words[:-3]), tuple(int(w) for w in words[-3:])))
+        if len(words) > 3 and all(w.isdigit() for w in words[-3:]):
+            colour = tuple(map(int, words[-3:]))
+            if max(colour) > 255:
+                raise UserError(f"{path}: '{line}': red, green and blue are 0 to 255")
+            classes.append((" ".join(words[:-3]), colour))
         else:
             classes.append((line, colour))
     names = [name for name, _ in classes]
@@ -484,12 +487,15 @@ def map_label(raw, table, path):
 
 
 def resize_image(image, short_side):
-    """uint8 image (H, W, 3), its shorter side resized, to 32 at least; as it is if that is None."""
+    """uint8 image (H, W, 3), its shorter side resized, to 32 at least; as it is if that is None.
+
+    The longer side is rounded down, as by torchvision and by transformers' image processors.
+    """
     h, w = image.shape[:2]
-    if not short_side or short_side == min(h, w):
+    shorter = min(h, w)
+    if not short_side or short_side == shorter:
         return image
-    s = short_side / min(h, w)
-    size = (max(32, int(w * s + 0.5)), max(32, int(h * s + 0.5)))
+    size = (max(32, w * short_side // shorter), max(32, h * short_side // shorter))
     return np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
 
 

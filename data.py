@@ -319,7 +319,7 @@ def check_labels(split, classes, whose):
     found = np.flatnonzero(pixels[:IGNORE])
     see = "what `python data.py check` says of them"
     if not len(found):
-        raise UserError(f"the labels of the {whose} are void all over: nothing to learn; see {see}")
+        raise UserError(f"the labels of the {whose} are void all over: of no use; see {see}")
     if len(found) == 1:  # perhaps masks of 0 and 255
         print(
             f"!!! the labels of the {whose} know one class only, '{classes[found[0]]}': see {see}"

@@ -365,9 +365,12 @@ def main(args):
         sizes = {path.name: path.stat().st_size / 1e6 for path in sorted(tmp.iterdir())}
     print(f"{out}: {', '.join(sizes)}, {sum(sizes.values()):.2f} MB")
     print(comparison)
-    if model.photo_side(facts):
+    side = model.photo_side(facts)
+    if side:
         how_to = "its image processor resizes photos" if args.to == "hf" else "resize photos"
-        print(f"{how_to} to a shorter side of {model.photo_side(facts)} pixels, as in training")
+        print(f"{how_to} to a shorter side of {side} pixels, as in training")
+    if side and side < MIN_SIDE and args.to == "pt2":
+        print(f"!!! A pt2 file takes no image below {MIN_SIDE} pixels: use onnx")
     print(f"open it with {usage.format(out)}")
 
 

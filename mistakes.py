@@ -332,8 +332,11 @@ def binary(splits, dataset):
 
 
 def one_class(splits, dataset):
-    if np.flatnonzero(pixels_of(every(splits))).tolist() == [0, IGNORE]:
+    found = np.flatnonzero(pixels_of(every(splits))).tolist()
+    if found == [0, IGNORE]:
         return f"only 0 and {IGNORE} occur: is {IGNORE} the foreground? It is void here: store 1"
+    if len(found) == 1:
+        return f"only {found[0]} occurs, so that every guess is right: is there no background?"
 
 
 def street_classes(splits, dataset):

@@ -4,6 +4,8 @@ A run's options: defaults by data set, the paper's recipe, flags and their limit
 
 import argparse
 import shlex
+import sys
+from pathlib import Path
 
 import torch
 
@@ -340,7 +342,10 @@ def recorded(args):
 
 
 def command_line(args, script="train.py"):
-    """The command with all defaults spelled out."""
+    """The command with all defaults spelled out. script: where no file of the user's runs it."""
+    started = Path(sys.argv[0]).name
+    if started.endswith(".py") and not started.startswith("__"):  # as python -m pytest is
+        script = started
     settings = recorded(args) | {name: getattr(args, name) for name in ("data_dir", "out_dir")}
     if getattr(args, "recipe", "") == "paper":
         settings = {k: v for k, v in settings.items() if k not in PAPER_DECIDES}

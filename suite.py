@@ -189,7 +189,7 @@ def where(args, data_dir, folder=None):
     flags = dict(data_dir=data_dir, cache_dir=data_dir and args.cache_dir, device=args.device)
     flags |= dict(out_dir=str(folder), workers=args.workers) if folder else {}
     words = [w for k, v in flags.items() if v is not None for w in (files.as_flag(k), str(v))]
-    return [*words, "--resume"] if folder else words
+    return [*words, *["--graphs"] * args.graphs, "--resume"] if folder else words
 
 
 def slug(title):
@@ -330,6 +330,7 @@ def get_args(argv=None):
     p.add_argument("--no-runs", action="store_true", help="only write the tables of finished runs")
     p.add_argument("--cache-dir", help="where images are decoded to (.cache beside the data)")
     p.add_argument("--device", help="as in train.py")
+    p.add_argument("--graphs", action="store_true", help="of all trainings, as in train.py")
     p.add_argument(
         "--workers", type=int, help="of each run, as in train.py (with a GPU they share the cores)"
     )

@@ -28,6 +28,7 @@ WORDS = {  # what to look for in the doctor's words, for each mistake
     "raw street ids": r"raw Cityscapes ids",
     "void": r"every pixel of (train|val) is void",
     "void files": r"labels are void all over",
+    "one class": r"only 0 occurs, so that every guess is right",
     "void class": r"is called '.*' and would be learnt",
     "void is 0": r"is 0 void\? Then",
     "one too many": r"one too many",
@@ -442,6 +443,15 @@ def test_one_class_and_255(tmp_path, capsys, unnamed):
     root = town(tmp_path / "data", 1, names=None if unnamed else ["thing"])
     named, _, error = check(root, capsys)
     assert named == {"binary"} and (error is not None) == unnamed
+
+
+@pytest.mark.parametrize("names", [None, ["thing", "other"], ["thing"]])
+def test_one_class_only(tmp_path, capsys, names):
+    """A mistake, but if it is the only one that has a name: then a question."""
+    root = town(tmp_path / "data", 2, names=names)
+    relabel(root, np.zeros_like)
+    named, _, error = check(root, capsys)
+    assert "one class" in named and (error is None) == (names == ["thing"])
 
 
 def test_some_labels_are_void(tmp_path, capsys):

@@ -272,6 +272,13 @@ def test_a_run_that_fails_is_told_and_what_waits_for_it_does_not_begin(place, ca
     assert "## folder" not in (place / "docs/results.md").read_text()
 
 
+def test_graphs_are_those_of_every_training(place):
+    jobs = suite.plan_jobs(get_args(place, "--graphs"))
+    assert all(job.own.count("--graphs") == (job.script != "eval") for job in jobs)
+    assert not any("--graphs" in job.argv for job in jobs)
+    assert not any("--graphs" in job.own for job in suite.plan_jobs(get_args(place)))
+
+
 def test_workers_are_those_of_every_training(place, monkeypatch):
     """Not of the scoring, which has none; and not of the published command."""
     jobs = suite.plan_jobs(get_args(place, "--workers", "0"))

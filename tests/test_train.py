@@ -170,7 +170,7 @@ def test_the_whole_job(folder, tmp_path, capsys):
     assert evaluation.evaluate(net, split, facts)["miou"] == pytest.approx(metrics["miou"])
 
 
-def test_the_command_line_it_prints_is_the_run(folder, tmp_path):
+def test_the_command_line_it_prints_is_the_run(folder, tmp_path, monkeypatch):
     more = ["--alone", "--crop-size", "32", "64", "--temperature", "2", "--method", "kd"]
     more += ["--clip", "0", "--colour", "0"]
     args = train.get_args(words(folder, tmp_path / "out", *more))
@@ -178,6 +178,9 @@ def test_the_command_line_it_prints_is_the_run(folder, tmp_path):
     train.open_run(args)
     said = train.command_line(args).split()
     assert said[:2] == ["python", "train.py"]
+    with monkeypatch.context() as m:
+        m.setattr(sys, "argv", ["somewhere/idea.py", "--method", "idea"])
+        assert train.command_line(args).split() == ["python", "idea.py", *said[2:]]
     where = ["--data-dir", str(folder), "--out-dir", str(tmp_path / "again")]
     again = train.get_args([*said[2:], *where])
     train.resolve(again)
@@ -686,6 +689,11 @@ MISTAKES = {
         lambda d: (d / "classes.txt").write_text("a\nb 1 2 3\nb"),
         "classes.txt: classes 1 and 2 have the same name, 'b'",
     ),
+    "no colour": (
+        [],
+        lambda d: (d / "classes.txt").write_text("a\nb 1 2 300"),
+        "classes.txt: 'b 1 2 300': red, green and blue are 0 to 255",
+    ),
     "comment": (
         [],
         lambda d: (d / "classes.txt").write_text("# name\na\nb"),
@@ -700,7 +708,7 @@ MISTAKES = {
     "void all over": (
         [],
         lambda d: paint(d, 255),
-        "the labels of the training images are void all over: nothing to learn; see what",
+        "the labels of the training images are void all over: of no use; see what",
     ),
     "void for the student": (
         ["--student-images", "1"],
