@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-import torchvision
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageDraw
 
 import catalog
