@@ -261,7 +261,8 @@ def cache_folder(data_dir, cache_dir, name):
 
 def cache_key(dataset, pairs, short_side=None):
     """A hash of the files' names, sizes and times, of the label table and the shorter side."""
-    facts = [dataset.table.tobytes().hex(), *([short_side] if short_side else [])]
+    resized = [f"{short_side}, the longer rounded down"] if short_side else []
+    facts = [dataset.table.tobytes().hex(), *resized]
     for _, *paths in pairs:
         for path in filter(None, paths):
             stat = path.stat()

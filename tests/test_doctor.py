@@ -187,7 +187,6 @@ CLEAN |= {f"{k} unnamed": lambda r, k=k: town(r, k, names=None) for k in (2, 3, 
 CLEAN |= {
     "150 classes": lambda r: town(r, 150, size=4),
     "255 classes": lambda r: town(r, 255, size=4),
-    "1 class": lambda r: town(r, 1, void=False),
     "no void": lambda r: town(r, void=False),
     "no void, unnamed": lambda r: town(r, names=None, void=False),
     "thin": lambda r: write(r, [poles(i) for i in range(6)], [f"thing {i}" for i in range(6)]),
