@@ -127,11 +127,9 @@ def hcl(student, teacher):
 
 
 def pooled(x, n):
-    """F.adaptive_avg_pool2d(x, n) of a map (B, C, H, W), as products with the matrices that average
-    windows of rows and of columns."""
-    ones = (torch.eye(size, device=x.device) for size in x.shape[2:])
+    """F.adaptive_avg_pool2d(x, n) of a map (B, C, H, W), see `by_products`."""
     with full_precision(x):
-        return by_products(x, *(F.adaptive_avg_pool1d(one, n).mT for one in ones))  # (B, C, n, n)
+        return by_products(x, F.adaptive_avg_pool1d, (n, n))  # (B, C, n, n)
 
 
 def kl(student, teacher, dim, T=1.0):

@@ -369,8 +369,8 @@ def main(args):
     if side:
         how_to = "its image processor resizes photos" if args.to == "hf" else "resize photos"
         print(f"{how_to} to a shorter side of {side} pixels, as in training")
-    if side and side < MIN_SIDE and args.to == "pt2":
-        print(f"!!! A pt2 file takes no image below {MIN_SIDE} pixels: use onnx")
+        if side < MIN_SIDE and args.to == "pt2":
+            print(f"!!! A pt2 file takes no image below {MIN_SIDE} pixels: use onnx")
     print(f"open it with {usage.format(out)}")
 
 

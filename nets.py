@@ -34,19 +34,20 @@ def resize_by_products(x, size):
     """`resize`, see `by_products`. In bfloat16 so are its weights: exact to 2, 4 and 8 times."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    ones = (torch.eye(n, device=x.device)[None] for n in x.shape[2:])
-    weights = (F.interpolate(one, size=n, mode="linear")[0].mT for one, n in zip(ones, size))
-    return by_products(x, *(w.to(x.dtype) for w in weights))
+    return by_products(x, lambda one, n: F.interpolate(one, size=n, mode="linear"), size)
 
 
-def by_products(x, rows, columns):
-    """Map (B, C, h, w), rows combined by a matrix (H, h), columns by one (W, w): (B, C, H, W).
+def by_products(x, along, size):
+    """Map (B, C, h, w) at size (H, W), rows and then columns by a linear `along(lines, length)`.
 
-    So maps can be resized and pooled: on a GPU faster than by torch's kernels for that. Without a
-    copy if the map is channels-last, as the result is.
+    What `along` makes of the unit vectors is its matrix; products with that are on a GPU faster
+    than torch's kernels for maps. Without a copy if the map is channels-last, as the result is.
     """
     B, C, h, w = x.shape
-    H = len(rows)
+    H, W = size
+    ones = (torch.eye(n, device=x.device)[None] for n in (h, w))
+    # (H, h) and (W, w)
+    rows, columns = (along(one, n)[0].mT.to(x.dtype) for one, n in zip(ones, size))
     x = rows.expand(B, H, h) @ x.permute(0, 2, 3, 1).flatten(2)  # (B, H, w * C)
     return (columns @ x.view(B, H, w, C)).permute(0, 3, 1, 2)
 
