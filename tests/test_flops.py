@@ -12,7 +12,12 @@ import model
 # GMACs at 512x1024 with 20 classes, convolutions and linears; TransKD's published GFLOPs for the
 # same (13.67, 113.84; in training 16.47, 16.80, 17.84) also count norms, and are within 1 %
 GMACS = dict(b0=(13.60, 4.16), b2=(113.62, 15.57))
-WRAPPED = {"transkd-base": 16.38, "transkd-gl": 16.72, "transkd-ea": 17.75}
+# and the parameters of student and adapters together, exactly those of the release
+WRAPPED = {
+    "transkd-base": (16.38, 4563124),
+    "transkd-gl": (16.72, 5219254),
+    "transkd-ea": (17.75, 5534076),
+}
 
 
 def run(monkeypatch, capsys, *words):
@@ -37,8 +42,17 @@ def test_contract(monkeypatch, capsys):
 def test_training_wrapper(monkeypatch, capsys, method):
     words = f"--model b0 --num-classes 20 --method {method} --csf-norm batch".split()
     _, row = run(monkeypatch, capsys, *words)
-    assert row["gmacs"] == pytest.approx(WRAPPED[method], abs=0.006)
+    gmacs, params = WRAPPED[method]
+    assert row["gmacs"] == pytest.approx(gmacs, abs=0.006) and row["params"] == params
     assert "training only" in row["name"]
+
+
+def test_what_a_method_adds_by_hand(capsys):
+    """FitNet: a 1x1 convolution from 64 channels to 256, without bias, at stride 4."""
+    flops.print_methods("nano", "b0", 20, (512, 1024))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "fitnet" in line)
+    added = 64 * 256
+    assert line.split()[1:3] == [f"{added:,}", f"{added * 128 * 256 / 1e9:.2f}"]
 
 
 def test_head_by_hand():
@@ -66,6 +80,7 @@ def test_flags_without_effect(words, monkeypatch):
         ("--method none", "--method none: no adapters, no row; leave --method out"),
         ("--model fcn_resnet50 --method kd", "fcn_resnet50: CNNs only teach; leave --method out"),
         ("--model b9 --method kd", "unknown model 'b9'"),
+        ("--device xpu", "--device xpu: cpu or cuda"),
     ],
 )
 def test_no_rows_of_methods_that_cannot_be(words, message):
