@@ -260,6 +260,12 @@ def test_what_is_clipped_are_the_gradients_and_not_the_scaled_ones():
     scaler.scale(net(x).square().sum()).backward()
     update(net, optimizer, scaler, 0.5 * g.norm().item())
     assert torch.allclose(flat(net.parameters()), start - 0.5 * g, atol=1e-5)
+    assert all(p.grad is None for p in net.parameters())
+    scaler.scale(net(x).square().sum()).backward()
+    before = [p.grad for p in net.parameters()]
+    update(net, optimizer, scaler, 0, keep=True)
+    for p, grad in zip(net.parameters(), before):
+        assert p.grad is grad and not grad.any()
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
