@@ -406,6 +406,7 @@ class TransKD(Method):
             (feature_loss == "none" and self.feature_weight != 1, "--feature-weight"),
             (self.feature_weight == 0 and feature_loss not in ("hcl", "none"), "--feature-loss"),
             (embed == "none" and self.embed_weight != 1, "--embed-weight"),
+            (self.embed_weight == 0 and embed not in ("all", "none"), "--embed"),
             (variant != "gl" and mixes, "--gl-init or --gl-residual"),
             (variant == "gl" and 3 not in stages, "no embeddings of stage 4, and their mixer"),
             (variant == "ea" and no_tokens, "no embeddings, and their Embedding Assistant"),

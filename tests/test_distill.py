@@ -426,6 +426,7 @@ def test_methods_combine():
         ("transkd-base", dict(feature_weight=0, embed="none"), "both left out: there is nothing"),
         ("transkd-base", dict(feature_weight=0, csf_norm="batch"), "--csf-norm: there is"),
         ("transkd-base", dict(embed="none", embed_weight=0), "--embed-weight: there is"),
+        ("transkd-base", dict(embed_weight=0, embed="2"), "--embed: there is"),
         ("transkd-base", dict(feature_loss="none", csf_norm="batch"), "--csf-norm: there is"),
         ("transkd-base", dict(feature_weight=0, feature_loss="cwd"), "--feature-loss: there is"),
         ("transkd-ea", dict(gl_residual=True), "--gl-init or --gl-residual: there is"),
