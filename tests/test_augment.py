@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import functional as tv
 import augment
 import model
 from augment import Augment, Batches, device_batch, sample_indices
+from catalog import resize_image
 from data import Packed, index_of
 from distill import cross_entropy
 
@@ -122,6 +123,16 @@ def test_when_fitted_an_image_is_moved_over_black():
         assert torch.allclose(images[0], want, atol=1e-4)
         black += outside.sum().item()
     assert black > 0
+
+
+def test_when_fitted_an_image_is_shrunk_as_for_scoring():
+    image = np.random.default_rng(0).integers(0, 256, (120, 160, 3)).astype(np.uint8)
+    how = Augment((60, 80), flip=False, colour=0, fit=True)
+    images, _ = batch(packed([(image, np.zeros((120, 160), np.uint8))]), how, size=1)
+    want = np.pad(resize_image(image, 60), ((2, 2), (2, 2), (0, 0))) / 255
+    moved = [want[r : r + 60, c : c + 80] for r in range(5) for c in range(5)]
+    got = images[0].permute(1, 2, 0).numpy()
+    assert min(np.abs(got - x).max() for x in moved) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["nano", "lvt", "pvt_v2_b0"])
