@@ -154,14 +154,14 @@ def test_recipe_paper_decays_everything_and_changes_the_rate_once_an_epoch(
 
     monkeypatch.setattr(loop, "run_steps", spy)
     monkeypatch.setattr(settings, "fast_dtype", lambda device: "bfloat16")
-    small = "--student nano --recipe paper --method none --max-iters 1 --dataset folder".split()
-    small += ["--student-labels", "2"]
+    small = "--student nano --teacher nano --recipe paper --method kd --max-iters 1".split()
+    small += "--dataset folder --teacher-batch-size 2 --student-images 4 --student-labels 2".split()
     where = ["--data-dir", str(folder), "--out-dir", str(tmp_path / "out")]
     args = train.get_args([*small, *where])
     train.main(args)
-    ((schedule, groups),) = seen
-    assert schedule["paper_epoch"] == 3  # steps of 2 through 6 images
-    assert len(groups) == 1 and groups[0]["weight_decay"] == 0.01
+    # steps of 2 through the teacher's 6 images and the student's 4, labelled or not
+    assert [schedule["paper_epoch"] for schedule, _ in seen] == [3, 2]
+    assert all(len(groups) == 1 and groups[0]["weight_decay"] == 0.01 for _, groups in seen)
     assert args.dtype == "float32"
 
 
