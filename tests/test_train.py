@@ -23,6 +23,7 @@ import data
 import distill
 import eval as evaluation
 import files
+import flops
 import loop
 import methods
 import model
@@ -158,6 +159,7 @@ def test_the_whole_job(folder, tmp_path, capsys):
     made = "alone.pt last.pt log.jsonl metrics.json samples.png student.pt teacher.pt"
     assert sorted(p.name for p in out.glob("[!.]*")) == made.split()
     assert metrics["miou"] == metrics["student"]["miou"]
+    assert metrics["deployed"].items() <= flops.measure_named("nano", 3, (32, 32)).items()
     assert metrics["deployed"]["params"] == model.count_parameters(model.build("nano", 3))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {r["stage"] for r in log} == {"teacher", "alone", "student"}
@@ -256,6 +258,10 @@ def test_recipe_paper(folder, tmp_path):
     assert args.csf_norm == "batch" and args.class_weights == args.protocol == "paper"
     assert run_.augment.crop == (512, 614) and run_.augment.fit and run_.augment.label_stride == 4
     assert run_.facts["std"] == [1.0] * 3 and run_.facts["resize"] == 512
+    few = train.get_args([*where, *small, "--student-images", "4"])
+    train.resolve(few)
+    train.open_run(few)
+    assert (few.max_iters, few.teacher_iters) == (2000, 1000)
     train.main(train.get_args([*where, *small, "--max-iters", "1"]))
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["student"]["protocol"] == "paper"
@@ -485,6 +491,18 @@ def test_resume_in_parts_of_a_batch(folder, tmp_path):
         run(folder, tmp_path / "parts", *more)
     run(folder, tmp_path / "parts", *more, "--resume")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_a_teacher_from_weights_is_resumed_at_the_rate_for_these(folder, tmp_path):
+    """And without them: what it started from is in last.pt."""
+    model.save(tmp_path / "init.pt", model.build("nano", 3))
+    more = ["--teacher-init", str(tmp_path / "init.pt"), "--lr", "0.01", "--save-every", "0"]
+    run(folder, tmp_path / "whole", *more)
+    with crash("teacher", 2):
+        run(folder, tmp_path / "parts", *more)
+    (tmp_path / "init.pt").unlink()
+    run(folder, tmp_path / "parts", *more, "--resume")
+    assert same(*(weights(tmp_path / name, "teacher.pt") for name in ("whole", "parts")))
 
 
 def test_a_line_counts_all_parts_of_a_batch(folder, tmp_path, monkeypatch):
@@ -809,6 +827,9 @@ def test_teacher_from_imagenet_weights(folder, tmp_path, capsys, monkeypatch):
     lines = [json.loads(x) for x in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     rates = {line["stage"]: line["lr"] for line in lines if "lr" in line}
     assert rates["teacher"] < 1e-4 < rates["student"]
+    run(folder, tmp_path / "low", "--teacher", "b0", "--lr", "1e-5", "--max-iters", "1")
+    line = (tmp_path / "low/log.jsonl").read_text().splitlines()[0]  # a lower --lr holds for both
+    assert json.loads(line)["stage"] == "teacher" and json.loads(line)["lr"] == 1e-5
 
 
 def test_teacher_of_the_transkd_release(tmp_path):
@@ -878,7 +899,8 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, tmp_path):
         run(folder, out, "--method", "none")
     with pytest.raises(UserError, match="--resume: --lr was 0.0006, now it is 0.1"):
         run(folder, out, "--method", "none", "--lr", "0.1", "--resume")
-    run(folder, out, "--method", "none", "--resume")
+    free = "--workers 1 --eval-every 2 --eval-batch-size 1 --save-every 0 --log-every 0".split()
+    run(folder, out, "--method", "none", "--cache", "off", *free, "--resume")
     assert (out / "student.pt").read_bytes() == before
     (out / "last.pt").unlink()
     with pytest.raises(UserError, match="holds student.pt but no last.pt to go on from"):
@@ -944,6 +966,16 @@ def test_a_log_cut_off_by_a_crash_can_be_resumed(folder, tmp_path):
     run(folder, tmp_path / "out", *more, "--resume")
     lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
     assert lines and all(json.loads(line)["stage"] == "student" for line in lines)
+
+
+def test_steps_after_the_saved_one_are_logged_once(folder, tmp_path):
+    more = ["--method", "none", "--save-every", "0", "--log-every", "0"]
+    with crash("student", 3):
+        run(folder, tmp_path, *more)
+    with open(tmp_path / "log.jsonl", "a") as f:  # as if the crash had come a step later
+        f.write('{"stage": "student", "step": 4, "ce": 1.0, "lr": 0.1}\n')
+    run(folder, tmp_path, *more, "--resume")
+    assert [step for _, step, miou in log_of(tmp_path) if miou is None] == [1, 2, 3, 4, 5, 6]
 
 
 def test_ctrl_c_while_waiting_is_quiet(folder, tmp_path):
