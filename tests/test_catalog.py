@@ -312,6 +312,16 @@ def test_acdc_is_scored_apart_and_together(tmp_path, capsys, ckpt):
     assert unlabelled["miou"] is None and len(list(preds.iterdir())) == 8
 
 
+def test_training_scores_the_conditions_of_acdc_apart_too(tmp_path):
+    import train
+
+    argv = ["--dataset", "acdc", "--data-dir", str(acdc(tmp_path / "data")), "--method", "none"]
+    small = "--student nano --crop-size 32 --batch-size 2 --max-iters 1".split()
+    train.main(train.get_args([*argv, *small, "--out-dir", str(tmp_path / "out")]))
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert set(metrics["student"]["parts"]) == {"fog", "night", "rain", "snow"}
+
+
 def test_a_void_output_is_a_miss_and_no_class(tmp_path, capsys):
     """TransKD's release: 20 outputs, the last of which means that nothing is known."""
     from test_weights import nvlabs
