@@ -150,9 +150,10 @@ def collate(items):
 def device_batch(batch, device, mean, std):
     """Host batch -> normalised float images (B, 3, h, w) and uint8 labels, both on the device.
 
-    Labels are (B, h, w), or 1/label_stride of that, rounded up. Outside the image its edge is
-    repeated, and the label is IGNORE. (With zeros a patch embedding from scratch, whose biases are
-    0, gives zeros to its LayerNorm, which divides by them: gradients of 1e6 in the first steps.)
+    Labels are (B, h, w), or 1/label_stride of that, rounded up. Outside the image the label is
+    IGNORE, and the image's edge is repeated, or black if it was fitted. (With zeros a patch
+    embedding from scratch, whose biases are 0, gives zeros to its LayerNorm, which divides by them:
+    gradients of 1e6 in the first steps.)
     """
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     images = normalise(resample(batch), mean, std)
