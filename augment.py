@@ -40,7 +40,7 @@ def sample_indices(step, batch_size, n, seed, labelled=0):
     """The indices of batch `step` (from 0) in an endless stream of shuffled epochs over n items.
 
     With only the first `labelled` items labelled, they and the others alternate, each in epochs of
-    their own: half of any batch has labels, however few there are.
+    their own: every second one has a label, however few there are.
     """
     at = range(step * batch_size, (step + 1) * batch_size)
     if not 0 < labelled < n:

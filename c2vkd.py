@@ -172,11 +172,6 @@ class C2VKD(Method):
             )
         if c2vkd_clip and c2vkd_language == 0:
             raise UserError("--c2vkd-clip has no effect with --c2vkd-language 0")
-        if c2vkd_alpha == c2vkd_beta == 0 and not c2vkd_ce:
-            raise UserError(
-                "c2vkd, --c2vkd-alpha 0 --c2vkd-beta 0: the logits have nothing to learn from; "
-                "--c2vkd-ce adds the cross-entropy"
-            )
         self.replaces_ce = not c2vkd_ce
         self.pdd = dict(reading=c2vkd_pdd, target=c2vkd_alpha, rest=c2vkd_beta)
         self.global_weight, self.graph_weight = c2vkd_global, c2vkd_graph

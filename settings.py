@@ -269,8 +269,12 @@ def resolve(args):
             raise UserError(f"unknown model '{name}': choose one of {', '.join(known)}")
     if not 1 <= len(args.crop_size) <= 2 or min(args.crop_size) < 32:
         raise UserError(f"--crop-size {args.crop_size}: one or two numbers, at least 32 each")
-    if args.batch_size == args.accumulate and max(args.crop_size) < 64:
-        raise UserError("one image at a time needs a --crop-size of 64, for its batch norms")
+    deep_norms = any(name in args.method for name in ("transkd", "review"))
+    if deep_norms and args.batch_size == args.accumulate and max(args.crop_size) < 64:
+        raise UserError(
+            "one image at a time needs a --crop-size of 64: the method's batch norms would get "
+            "maps of 1x1"
+        )
     if args.short_side and args.short_side < 32:
         raise UserError(f"--short-side {args.short_side}: at least 32, or 0 to leave images alone")
     if not 0.01 <= args.scale[0] <= args.scale[1] <= 100:
