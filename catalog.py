@@ -23,6 +23,7 @@ from sources import SOURCES, how_to_get
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 PHOTO_SUFFIXES = (*IMAGE_SUFFIXES, ".webp", ".bmp", ".tif", ".tiff")  # of photos in a folder
+ORIENTATION = 0x0112  # the EXIF tag
 
 # ------------------------------------------------------------------------------------------------
 # a data set
@@ -434,7 +435,11 @@ def upright(image, path):
     if image.mode[0] in "IF":
         rule = "photos must have 8 bits per channel (from 16 bits: divide by 257)"
         raise UserError(f"{path}: mode {image.mode}; {rule}")
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    turn = image.getexif().get(ORIENTATION, 1)
+    image = image.convert("RGB")
+    image.info.clear()  # Pillow fails to write again some of what cameras have in their EXIF data
+    image.getexif()[ORIENTATION] = turn
+    return np.asarray(ImageOps.exif_transpose(image))
 
 
 def read_mat(path, *names):

@@ -14,11 +14,10 @@ import numpy as np
 from PIL import Image
 
 import catalog
-from catalog import open_image
+from catalog import ORIENTATION, open_image
 from distill import IGNORE
 from files import UserError, some
 
-ORIENTATION = 0x0112  # the EXIF tag
 GREY, PALETTE = 0, 3  # kinds of PNG
 SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
 VOID_NAME = "void|unlabell?ed|ignored?|unknown|no ?data|no ?label|don ?t ?care|out of roi"
