@@ -11,6 +11,7 @@ one confusion matrix of all pixels that are not IGNORE.
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -322,8 +323,8 @@ def label_photos(net, facts, args, views):
     if not args.out_dir:
         raise UserError("--image needs --out-dir, the folder for the pictures")
     files.check_folder("--out-dir", args.out_dir)
-    if source.resolve() == Path(args.out_dir).resolve():
-        raise UserError(f"--out-dir {args.out_dir}: its own photos; pass another folder")
+    if paths[0].parent.resolve() == Path(args.out_dir).resolve():
+        raise UserError(f"--out-dir {args.out_dir}: the photos are there; pass another folder")
     stems = [p.stem for p in paths]
     taken = {p.name for p in paths}
     out = Path(args.out_dir)
@@ -491,8 +492,9 @@ def score(net, facts, args, views):
     facts = catalog.complete(facts, net.num_classes, dataset)
     save, pairs = None, dataset.pairs.get(args.split, ())
     if args.save_preds:
-        files_of = (path for pair in pairs if dataset.name != "scenes" for path in pair[1:] if path)
-        if Path(args.save_preds).resolve() in {path.parent.resolve() for path in files_of}:
+        every = itertools.chain(*dataset.pairs.values()) if dataset.name != "scenes" else ()
+        own = {path.parent for pair in every for path in pair[1:] if path}
+        if Path(args.save_preds).resolve() in {folder.resolve() for folder in own}:
             raise UserError(
                 f"--save-preds {args.save_preds}: the data set's own files; pass another folder"
             )

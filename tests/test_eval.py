@@ -337,17 +337,20 @@ def test_mistakes(folder, ckpt, more, message):
 def test_mistakes_of_labelling(folder, ckpt):
     with pytest.raises(files.UserError, match="/nowhere: no such file"):
         run("--ckpt", ckpt, "--image", "/nowhere")
-    with pytest.raises(files.UserError, match="its own photos; pass another folder"):
-        images = folder / "images"
-        run("--ckpt", ckpt, "--image", images, "--out-dir", images)
+    images = folder / "images"
+    for source in (images, images / "p0.png"):  # beside which its mask may lie
+        with pytest.raises(files.UserError, match="the photos are there; pass another folder"):
+            run("--ckpt", ckpt, "--image", source, "--out-dir", images)
 
 
+@pytest.mark.parametrize("split", ["val", "unlabelled"])
 @pytest.mark.parametrize("name", ["images", "labels"])
-def test_predictions_do_not_replace_the_data_set(folder, ckpt, name):
+def test_predictions_do_not_replace_the_data_set(folder, ckpt, name, split):
+    (folder / "unlabelled.txt").write_text("p0\n")  # which has a label all the same
     before = {path: path.read_bytes() for path in folder.rglob("*.png")}
     with pytest.raises(files.UserError, match=f"{name}: the data set's own files; pass another"):
         argv = ["--ckpt", ckpt, "--data-dir", folder, "--save-preds", folder / "." / name]
-        run(*argv)
+        run(*argv, "--split", split)
     assert {path: path.read_bytes() for path in folder.rglob("*.png")} == before
     assert not (folder / ".cache").exists()  # nor is anything decoded before
 
