@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 import files
+from files import UserError
 from plans import CURVES, LENGTHS
 
 HEAD = ["mIoU", "of the gap", "pixels", "boundary IoU", "mIoU, paper's"]
@@ -231,6 +232,13 @@ def written(path):
         part.splitlines()[0].removeprefix("## "): [*part.rstrip().splitlines(), ""]
         for part in parts
     }
+
+
+def check(path):
+    """UserError if `path` is something other than a file of results: writing would replace it."""
+    path = Path(path)
+    if path.is_dir() or path.exists() and not path.read_text().startswith("# Results"):
+        raise UserError(f"--results {path}: no file of the suite's; pass another")
 
 
 def write(path, plan, jobs):

@@ -365,6 +365,7 @@ def check(args):
         args.workers = max(1, parallel.spare_cores() // args.jobs)
     args.out_dir = args.out_dir or f"out/suite-{args.plan}"
     args.results = args.results or f"{args.out_dir}/results.md"
+    results.check(args.results)
 
 
 def main(args):

@@ -173,6 +173,13 @@ def test_data_that_no_plan_knows(place):
         get_args(place, "--photos", "P")
 
 
+def test_tables_replace_nothing_else(place):
+    (place / "mine.md").write_text("# Mine\n")
+    for name in ("mine.md", "data"):
+        with pytest.raises(UserError, match=f"--results .*{name}: no file of the suite's"):
+            get_args(place, "--results", f"{place}/{name}")
+
+
 def test_drawn_scenes_need_nothing(tmp_path, monkeypatch):
     """No folder, no photos, no encoders; scored by one protocol."""
     rows = dict(main=["alone", "transkd-base"])
