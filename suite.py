@@ -201,11 +201,16 @@ def check_old(jobs):
     """UserError for a folder made by another command: its result is not the plan's."""
     for job in jobs:
         path = job.folder / f"{job.script}.command"
-        if path.exists() and path.read_text() != job.command + "\n":
+        if path.exists() and resolved(path.read_text()) != resolved(job.command):
             raise UserError(
                 f"{path}: made by another command than the plan's now. Remove {job.folder}, or "
                 "pass another --out-dir"
             )
+
+
+def resolved(command):
+    """The words of a command, to compare: its paths may be relative or absolute."""
+    return [Path(word).resolve() for word in shlex.split(command)]
 
 
 def check_data(args):

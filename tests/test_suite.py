@@ -259,6 +259,8 @@ def test_stopped_and_run_again(place, monkeypatch):
     with pytest.raises(UserError, match="labels-.*/0 is a run with other data files than .*/teach"):
         suite.main(get_args(place, "--only", "labels"))
     made.write_text(json.dumps(tree))
+    monkeypatch.chdir(place)
+    suite.main(get_args(place, "--only", "labels", "--out-dir", "out"))  # the same, relative
     changed = dict(plans.TINY, train="--batch-size 2 --crop-size 64")
     monkeypatch.setattr(suite, "PLANS", dict(tiny=changed))
     with pytest.raises(UserError, match="made by another command than the plan's now"):
