@@ -250,6 +250,27 @@ def test_cache_too_large_is_not_built(folder, capsys):
     assert "no cache, the files are read by worker processes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("room, kind", [(1.9, data.Files), (2.1, data.Packed)])
+def test_a_cache_takes_half_of_the_free_disk(folder, monkeypatch, room, kind):
+    dataset = catalog.open_dataset("folder", folder)
+    files = data.open_split(dataset, "train", cache="off")
+    need = sum(part.nbytes for i in range(len(files)) for part in files.pair(i))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=room * need))
+    assert type(data.open_split(dataset, "train", folder)) is kind
+
+
+def test_folders_of_one_name_do_not_share_a_cache(folder, tmp_path, monkeypatch):
+    """Named relative to where the command is run, their files of one size and time."""
+    other = tmp_path / "elsewhere" / folder.name
+    shutil.copytree(folder, other)  # which keeps times
+    keys = []
+    for place in (folder, other):
+        monkeypatch.chdir(place.parent)
+        dataset = catalog.open_dataset("folder", place.name)
+        keys.append(data.cache_key(dataset, dataset.pairs["train"]))
+    assert keys[0] != keys[1]
+
+
 def test_read_only_data_is_cached_in_the_home(folder, tmp_path, monkeypatch):
     (folder / ".cache").write_text("a file: no folder can be made here")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

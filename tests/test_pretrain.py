@@ -159,6 +159,26 @@ def test_order_and_labels_are_those_of_imagefolder(tree, tmp_path):
     assert [(str(few.path(i)), few.labels[i]) for i in range(len(few))] == kept
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_photos_in_subfolders_in_any_order_of_the_disk(tmp_path, monkeypatch, backwards):
+    train = write_photos(tmp_path / "data", train=1) / "train"
+    for name in ("thing0/b/1.jpg", "thing0/a/1.jpg", ".trash/1.jpg"):
+        (train / name).parent.mkdir()
+        shutil.copy(train / "thing0/0.jpg", train / name)
+    walk = os.walk
+
+    def mixed(top):
+        for where, subfolders, names in walk(top):
+            subfolders.sort(reverse=backwards)
+            yield where, subfolders, names
+
+    monkeypatch.setattr(os, "walk", mixed)
+    split = some_photos(tmp_path / "data")
+    assert split.classes == ["thing0", "thing1", "thing2"]
+    found = [split.path(i).relative_to(train).as_posix() for i in range(3)]
+    assert found == ["thing0/0.jpg", "thing0/a/1.jpg", "thing0/b/1.jpg"]
+
+
 def test_cache_holds_what_the_files_say(tree, tmp_path, monkeypatch):
     plain = photos.open_splits(tree, 42, cache="off")
     cached = photos.open_splits(tree, 42, cache_dir=tmp_path)
