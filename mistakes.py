@@ -19,7 +19,7 @@ from distill import IGNORE
 from files import UserError, some
 
 GREY, PALETTE = 0, 3  # kinds of PNG
-SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
+SIDEWAYS = (5, 6, 7, 8)  # the orientations that swap width and height
 VOID_NAME = "void|unlabell?ed|ignored?|unknown|no ?data|no ?label|don ?t ?care|out of roi"
 WHITE_AND_VOC_BORDER = (255, 255, 255), (224, 224, 192)
 SOFT = 0.12  # steps per edge: up to 0.03 in labels as drawn, 0.13 to 0.8 after interpolation

@@ -21,12 +21,14 @@ from sources import SOURCES, how_to_get, is_free
 
 def export_scenes(args):
     """python data.py scenes: the drawn scenes as files, an example of the folder layout."""
-    root = Path(args.out_dir)
+    root = Path(args.out_dir).resolve()
     if args.count < 1:
         raise UserError("--count must be at least 1")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root}: not empty; pass a new folder as --out-dir")
-    tmp = Path(beside(root.absolute()))  # renamed when complete
+        raise UserError(f"{args.out_dir}: not empty; pass a new folder as --out-dir")
+    if root == Path.cwd():
+        raise UserError(f"{args.out_dir}: it would be replaced; pass a new folder as --out-dir")
+    tmp = Path(beside(root))  # renamed when complete
     try:
         for folder in ("images", "labels"):
             (tmp / folder).mkdir(parents=True)
@@ -37,7 +39,7 @@ def export_scenes(args):
         os.replace(tmp, root)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-    print(f"{root}: written, in the layout of --dataset folder")
+    print(f"{args.out_dir}: written, in the layout of --dataset folder")
 
 
 def write_scenes(root, split, numbers):

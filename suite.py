@@ -352,6 +352,8 @@ def check(args):
         if name not in plan["data"] or bool(folder) == (name == "scenes"):
             names = ", ".join(plan["data"])
             raise UserError(f"--data {pair}: NAME=DIR, with NAME one of {names}")
+        if sum(other.startswith(f"{name}=") for other in args.data) > 1:
+            raise UserError(f"--data {pair}: {name} is named more than once")
     args.teacher_init = args.teacher_init or plan.get("init")
     args.student_init = args.student_init or plan.get("init")
     weights = args.teacher_init and args.student_init

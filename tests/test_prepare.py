@@ -616,9 +616,14 @@ def test_drawn_scenes_are_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch
         run("scenes", "--out-dir", tmp_path / "s", "--count", "3")
     assert not list(tmp_path.iterdir())
     (tmp_path / "s").mkdir()
-    run("scenes", "--out-dir", tmp_path / "s", "--count", "3")
+    (tmp_path / "link").symlink_to("s")
+    run("scenes", "--out-dir", tmp_path / "link", "--count", "3")
     assert len(list((tmp_path / "s/images").iterdir())) == 9
-    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "s"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(files.UserError, match="^.: it would be replaced; pass a new folder"):
+        run("scenes", "--out-dir", ".")
 
 
 def of_torch(args):

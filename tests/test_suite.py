@@ -158,6 +158,8 @@ def test_later_flags_win():
 def test_data_that_no_plan_knows(place):
     with pytest.raises(UserError, match="--data cityscapes=D: NAME=DIR, with NAME one of camvid"):
         suite.check(suite.get_args(["--data", "cityscapes=D", "--photos", "P"]))
+    with pytest.raises(UserError, match="--data camvid=D: camvid is named more than once"):
+        suite.check(suite.get_args(["--data", "camvid=D", "camvid=E", "--photos", "P"]))
     with pytest.raises(UserError, match="--data is missing: NAME=DIR, with NAME one of camvid"):
         suite.check(suite.get_args(["--photos", "P"]))
     with pytest.raises(UserError, match="--photos is missing"):

@@ -505,6 +505,14 @@ def test_a_teacher_from_weights_is_resumed_at_the_rate_for_these(folder, tmp_pat
     assert same(*(weights(tmp_path / name, "teacher.pt") for name in ("whole", "parts")))
 
 
+def test_one_small_image_at_a_time(folder, tmp_path):
+    """Its deepest map is 1x1, which no batch norm of this method sees."""
+    metrics = run(
+        folder, tmp_path / "out", "--method", "fitnet", "--batch-size", "1", "--max-iters", "1"
+    )
+    assert metrics["student"]["steps"] == 1
+
+
 def test_a_line_counts_all_parts_of_a_batch(folder, tmp_path, monkeypatch):
     sizes, real = [], loop.TrainingLog
     monkeypatch.setattr(loop, "TrainingLog", lambda *a: sizes.append(a[3]) or real(*a))
