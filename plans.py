@@ -32,6 +32,9 @@ ROWS = {
         "alone, pre-trained, eight times the steps": (
             "--method none --student-init {student_init} --max-iters {eight_times}"
         ),
+        "alone, pre-trained, four times the steps": (
+            "--method none --student-init {student_init} --max-iters {four_times}"
+        ),
         "transkd-base, four times the steps": "--method transkd-base --max-iters {four_times}",
         "transkd-base, eight times the steps": "--method transkd-base --max-iters {eight_times}",
         "transkd-base+cwd, eight times the steps": (
