@@ -394,7 +394,15 @@ def photo_side(facts):
 
 
 def recognise(source, state, facts):
-    """(name in NAMES, number of classes, head width) from the names and shapes of the tensors."""
+    """(name in NAMES, number of classes, head width), as our file says or the tensors' shapes do.
+
+    Takes these out of the facts, in which `save` wrote them.
+    """
+    said = [facts.pop(key, None) for key in ("model", "num_classes", "head_width")]
+    heads = facts.pop("heads", None)
+    if None not in said and said[0] in NAMES:
+        if said[0] not in MODELS or heads in (None, MODELS[said[0]][1]):
+            return said
     if "backbone.layer1.0.conv1.weight" in state:
         name, num_classes = cnn.recognise(state)
         if not (name and num_classes):
@@ -414,7 +422,6 @@ def recognise(source, state, facts):
     if state["head.classifier.weight"].ndim < 2:
         raise UserError(f"{source}: damaged, its classifier is no matrix")
     num_classes, width = state["head.classifier.weight"].shape[:2]
-    heads = facts.pop("heads", None)
     for name, shape in MODELS.items():
         if name.startswith("pvt_v2") != pyramid:  # their encoders have the shapes of MiT
             continue

@@ -32,7 +32,7 @@ from files import UserError, load_tensors
 FORMAT = "segmentation-student-1"  # marks our own files
 # for RGB images in [0, 1]: what every published MiT was trained with
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OURS = ("format", "model", "num_classes", "head_width", "state_dict")  # all else in them is a fact
+OURS = ("format", "state_dict")  # all else in them is a fact
 
 # ------------------------------------------------------------------------------------------------
 # names
@@ -142,6 +142,8 @@ def read(source):
     """
     path = locate(source)
     tensors, facts = read_folder(path) if path.is_dir() else unwrap(load_any(path), path)
+    if "model" in facts:  # ours
+        return tensors, facts
     state = translate(tensors)
     if not any(re.match(r"encoder\.stages\.0\.|backbone\.layer1\.", name) for name in state):
         some = ", ".join(list(tensors)[:4]) or "none"

@@ -192,13 +192,13 @@ def test_save_and_load(tmp_path):
     assert facts["classes"] == ["x"] * 5 and again.name == "nano"
 
 
-def test_two_models_that_differ_in_their_heads_alone(tmp_path, monkeypatch):
-    """No tensor shows how many there are: the file says so, an older one means the first model."""
+def test_models_whose_tensors_do_not_tell_them_apart(tmp_path, monkeypatch):
+    """The file says which it is and how many heads it has; an older one means the first model."""
     dims, _, depths, width = model.MODELS["nano"]
-    mine = {"mine": (dims, (1, 1, 2, 2), depths, width)}
+    mine = {"mine": (dims, (1, 1, 2, 2), depths, width), "twin": model.MODELS["nano"]}
     monkeypatch.setattr(model, "MODELS", model.MODELS | mine)
-    monkeypatch.setattr(model, "NAMES", (*model.NAMES, "mine"))
-    for name in ("mine", "nano", "lvt", "pvt_v2_b0"):
+    monkeypatch.setattr(model, "NAMES", (*model.NAMES, *mine))
+    for name in ("mine", "twin", "nano", "lvt", "pvt_v2_b0"):
         net = model.build(name, 3).eval()
         model.save(tmp_path / "net.pt", net)
         again, facts = model.load(tmp_path / "net.pt")
@@ -206,7 +206,7 @@ def test_two_models_that_differ_in_their_heads_alone(tmp_path, monkeypatch):
         x = torch.rand(1, 3, 64, 64)
         assert torch.equal(net(x).logits, again(x).logits)
     tree = torch.load(tmp_path / "net.pt", weights_only=True)
-    assert tree.pop("heads") == model.MODELS["pvt_v2_b0"][1]
+    assert tree.pop("heads") == model.MODELS["pvt_v2_b0"][1] and tree.pop("model")
     torch.save(tree, tmp_path / "net.pt")
     assert model.load(tmp_path / "net.pt")[0].name == "pvt_v2_b0"
 
