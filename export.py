@@ -151,7 +151,8 @@ def hf_configs(net, facts, mean_std):
 
 def fits_hugging_face(net):
     """Whether transformers has a net of this kind: a SegFormer."""
-    return net.name != "lvt" and isinstance(net.head, model.SegFormerHead)
+    mit = all(isinstance(stage, model.Stage) for stage in net.encoder.stages)
+    return mit and isinstance(net.head, model.SegFormerHead)
 
 
 def write_hf(net, facts, folder, mean_std):
