@@ -44,6 +44,12 @@ class Dataset:
     ids: tuple | None = None  # K values that --save-preds writes, if not 0..K-1
     in_parts: bool = False  # whether the stems' first folders are also scored separately
 
+    def __post_init__(self):
+        values = self.table[self.table != IGNORE].max() + 1
+        if not len(self.classes) == len(self.palette) == values:
+            counts = f"{len(self.classes)} names, {len(self.palette)} colours"
+            raise UserError(f"{self.name}: {counts}, {values} label values: should be as many")
+
     def parts_of(self, split):
         """The part that each image of a split belongs to; None if the data set has no parts."""
         return [stem.split("/")[0] for stem, *_ in self.pairs[split]] if self.in_parts else None

@@ -244,6 +244,12 @@ def test_an_empty_folder_is_an_error_that_helps(tmp_path, name):
         catalog.open_dataset(name, tmp_path)
 
 
+def test_a_layout_of_ones_own_with_a_name_or_a_colour_too_few():
+    for names, colours, what in (("a", 2, "1 names, 2 colours"), ("ab", 1, "2 names, 1 colours")):
+        with pytest.raises(UserError, match=f"mine: {what}, 2 label values"):
+            catalog.Dataset("mine", names, catalog.colours(colours), catalog.label_table(2), {})
+
+
 def test_a_label_that_is_not_there(tmp_path):
     root = cityscapes(tmp_path)
     next(root.glob("gtFine/train/*/*000001*")).unlink()
