@@ -345,7 +345,7 @@ def get_args(argv=None):
 def check(args):
     """UserError for what cannot be run, before hours are spent on the rest."""
     plan = PLANS[args.plan]
-    if args.plan == "scenes":
+    if [*plan["data"]] == ["scenes"]:
         args.data = args.data or ["scenes="]
     for pair in args.data or ["is missing"] * (args.only != ["photos"]):
         name, _, folder = pair.partition("=")

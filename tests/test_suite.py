@@ -188,8 +188,8 @@ def test_drawn_scenes_need_nothing(tmp_path, monkeypatch):
     data = dict(scenes=dict(teacher="--max-iters 2", student="--max-iters {steps}", steps=2))
     data["scenes"] |= dict(every=0)
     plan = plans.SCENES | dict(teacher="nano", rows=rows, data=data)
-    monkeypatch.setattr(suite, "PLANS", dict(scenes=plan))
-    argv = ["--plan", "scenes", "--out-dir", str(tmp_path), "--jobs", "2"]
+    monkeypatch.setattr(suite, "PLANS", dict(mine=plan))
+    argv = ["--plan", "mine", "--out-dir", str(tmp_path), "--jobs", "2"]
     suite.main(suite.get_args([*argv, "--cache-dir", str(tmp_path / "cache")]))
     text = (tmp_path / "results.md").read_text()
     assert "## scenes: nano from nano\n" in text and "### Few labels" not in text
