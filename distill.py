@@ -327,9 +327,10 @@ class Method(nn.Module):
 
     Built from the channels of the four stages of student and teacher; called with two
     `nets.Output`s, the images (B, 3, H, W) and labels (B, H, W) uint8, which are smaller with
-    --label-stride. Returns a dict of named, weighted scalars for the loop to sum and log, none of
-    them called "ce". Its parameters, the adapters, train with the student's and are then discarded:
-    the deployed student has none of them.
+    --label-stride. Returns a dict of named, weighted scalar tensors for the loop to sum and log:
+    the same names in every step, none of them "ce". Its parameters, the adapters, train with the
+    student's and are then discarded: the deployed student has none of them. --resume restores its
+    buffers too.
     """
 
     needs_teacher = True  # or the teacher is not run at all

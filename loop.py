@@ -350,6 +350,9 @@ class TrainingLog:
         self.start = self.reported = time.time()
 
     def add(self, step, terms):
+        if self.names not in ([], list(terms)):
+            both = f"{', '.join(self.names)}, in step {step} {', '.join(terms)}"
+            raise UserError(f"{self.stage}: the loss terms were {both}: every step needs the same")
         self.names = list(terms)
         values = torch.stack([*terms.values()])
         if self.bad is None:  # first step at which a term was not finite

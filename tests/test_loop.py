@@ -247,6 +247,13 @@ def test_the_first_step_at_which_a_term_was_not_finite_is_told(tmp_path, value):
         log.check()
 
 
+def test_terms_that_come_and_go_would_be_added_to_each_other(tmp_path):
+    log = a_log(tmp_path)
+    log.add(0, dict(ce=torch.tensor(1.0)))
+    with pytest.raises(UserError, match="the loss terms were ce, in step 1 ce, x: every step"):
+        log.add(1, dict(ce=torch.tensor(1.0), x=torch.tensor(2.0)))
+
+
 def test_what_is_clipped_are_the_gradients_and_not_the_scaled_ones():
     def flat(tensors):
         return torch.cat([x.detach().flatten() for x in tensors])
