@@ -33,6 +33,10 @@ class Learner(nn.Module):
         taught = self.method(out, teacher, images, labels)
         if "ce" in terms and "ce" in taught:
             raise UserError("a method's term is called 'ce', as the cross-entropy of the labels is")
+        for name, term in taught.items():
+            if not isinstance(term, torch.Tensor) or term.ndim:
+                shape = getattr(term, "shape", type(term).__name__)
+                raise UserError(f"the loss term '{name}' is no tensor of one number: {shape}")
         return terms | taught
 
 

@@ -164,6 +164,11 @@ def test_a_method_of_ones_own(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(methods.METHODS, "mine", Clash)
     with pytest.raises(UserError, match="a method's term is called 'ce', as the cross-entropy"):
         run(place / "data", tmp_path / "clash", *flags(place, "mine"))
+    for term, shape in ((0, "int"), (torch.ones(2), r"torch.Size\(\[2\]\)")):
+        monkeypatch.setattr(MyMethod, "forward", lambda *a, term=term: dict(mine=term))
+        monkeypatch.setitem(methods.METHODS, "mine", MyMethod)
+        with pytest.raises(UserError, match=f"term 'mine' is no tensor of one number: {shape}"):
+            run(place / "data", tmp_path / type(term).__name__, *flags(place, "mine"))
 
 
 def test_a_resumed_run(place, tmp_path):
