@@ -43,6 +43,7 @@ ADVICE = {  # words in the error messages of torch and numpy: what to do
     "Unable to allocate": LESS,
     "DataLoader worker": "For want of memory? Pass fewer --workers; a training goes on with "
     "--resume from where it was saved.",
+    "Failed to find C compiler": "--compile on a GPU needs one: install gcc, or name one by CC.",
 }
 
 
@@ -67,7 +68,7 @@ def cli(main, args):
         sys.exit(141)
     except (RuntimeError, MemoryError) as e:
         said = (str(e) or "out of memory.").splitlines()[0]
-        advice = [advice for words, advice in ADVICE.items() if words in said]
+        advice = [advice for words, advice in ADVICE.items() if words in f"{said} {e}"]
         if not advice:
             raise
         print(f"error: {said} {advice[0]}", file=sys.stderr)

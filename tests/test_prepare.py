@@ -642,12 +642,16 @@ def of_workers(args):
     raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nDetails")
 
 
-@pytest.mark.parametrize("want", [of_torch, of_numpy, of_pillow, of_workers])
-def test_too_large_for_the_memory_is_one_line(capsys, want):
+def of_triton(args):
+    raise RuntimeError("inductor raised:\nRuntimeError: Failed to find C compiler. Please specify")
+
+
+@pytest.mark.parametrize("want", [of_torch, of_numpy, of_pillow, of_workers, of_triton])
+def test_what_the_machine_lacks_is_one_line(capsys, want):
     with pytest.raises(SystemExit) as e:
         files.cli(want, None)
     said = capsys.readouterr().err
-    advice = "fewer --workers" if want == of_workers else "smaller batches"
+    advice = {of_workers: "fewer --workers", of_triton: "install gcc"}.get(want, "smaller batches")
     assert e.value.code == 2 and advice in said
     assert said.startswith("error: ") and said.count("\n") == 1
 
