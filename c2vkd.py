@@ -170,8 +170,6 @@ class C2VKD(Method):
             raise UserError(
                 "c2vkd, --c2vkd-language: nothing for it to act on without --c2vkd-clip"
             )
-        if c2vkd_clip and c2vkd_language == 0:
-            raise UserError("--c2vkd-clip has no effect with --c2vkd-language 0")
         self.replaces_ce = not c2vkd_ce
         self.pdd = dict(reading=c2vkd_pdd, target=c2vkd_alpha, rest=c2vkd_beta)
         self.global_weight, self.graph_weight = c2vkd_global, c2vkd_graph

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 import catalog
 import downloads
 import mistakes
-from catalog import files_in, in_parallel, open_image
+from catalog import ORIENTATION, files_in, in_parallel, open_image
 from distill import IGNORE, paper_weights
 from files import UserError, some
 
@@ -76,7 +76,7 @@ def examine(pair, dataset):
         image = catalog.upright(photo, pair[1])
         if pair[2] is not None:
             catalog.fit_label(label, image, pair, dataset.table)
-            seen.contrast = contrast_of(image, label, photo.getexif().get(mistakes.ORIENTATION))
+            seen.contrast = contrast_of(image, label, photo.getexif().get(ORIENTATION))
         seen.size = image.shape[:2]
     except UserError as e:
         seen.error, seen.mistake = str(e), mistakes.diagnose(pair, dataset)
@@ -105,7 +105,7 @@ def contrast_of(image, label, turn):
     if turn not in range(2, 9):  # 1 is upright
         return 0, 0
     picture = Image.fromarray(label)
-    picture.getexif()[mistakes.ORIENTATION] = turn
+    picture.getexif()[ORIENTATION] = turn
     turned = np.asarray(ImageOps.exif_transpose(picture))
     if turned.shape != label.shape:
         return 0, 0

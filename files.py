@@ -67,11 +67,11 @@ def cli(main, args):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (RuntimeError, MemoryError) as e:
-        said = (str(e) or "out of memory.").splitlines()[0]
-        advice = [advice for words, advice in ADVICE.items() if words in f"{said} {e}"]
+        said = str(e) or "out of memory."
+        advice = [advice for words, advice in ADVICE.items() if words in said]
         if not advice:
             raise
-        print(f"error: {said} {advice[0]}", file=sys.stderr)
+        print(f"error: {said.splitlines()[0]} {advice[0]}", file=sys.stderr)
         sys.exit(2)
     except (UserError, OSError) as e:  # a full disk, a folder without permission
         print(f"error: {e}", file=sys.stderr)

@@ -106,6 +106,7 @@ ACTS_BY = {
     "tat_group": "tat_patch_weight",
     "tat_anchors": "tat_anchor_weight",
     "manifold_rows": "manifold_random_weight",
+    "c2vkd_clip": "c2vkd_language",
     "cirkd_pool": "cirkd_batch_weight",
     "cirkd_pixel_queue": "cirkd_pixel_weight",
     "cirkd_pixel_contrast": "cirkd_pixel_weight",

@@ -237,7 +237,8 @@ def written(path):
 def check(path):
     """UserError if `path` is something other than a file of results: writing would replace it."""
     path = Path(path)
-    if path.is_dir() or path.exists() and not path.read_bytes().startswith(b"# Results"):
+    title = INTRODUCTION.partition("\n")[0].encode()
+    if path.is_dir() or path.exists() and not path.read_bytes().startswith(title):
         raise UserError(f"--results {path}: no file of the suite's; pass another")
 
 

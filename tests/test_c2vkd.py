@@ -362,8 +362,14 @@ def test_weights_and_readings():
     )
     with pytest.raises(UserError, match="--c2vkd-language: nothing for it to act on"):
         C2VKD(STUDENT, TEACHER, c2vkd_language=1.0)
+
+
+def test_clip_without_a_weight_is_refused(tmp_path):
+    clip_file(tmp_path / "clip.pth")
+    chosen = dict(c2vkd_clip=tmp_path / "clip.pth")
+    build_method("c2vkd", STUDENT, TEACHER, **chosen)
     with pytest.raises(UserError, match="--c2vkd-clip has no effect with --c2vkd-language 0"):
-        C2VKD(STUDENT, TEACHER, c2vkd_language=0.0, c2vkd_clip="clip.pth")
+        build_method("c2vkd", STUDENT, TEACHER, c2vkd_language=0.0, **chosen)
 
 
 def test_it_is_zero_where_maps_agree(tmp_path):

@@ -19,7 +19,6 @@ import catalog
 import classes
 import data
 import doctor
-import mistakes
 import prepare
 import scenes
 from files import UserError
@@ -637,7 +636,7 @@ def test_colours_without_classes_txt(tmp_path, capsys):
 
 def save_turned(path, turn, orientation):
     exif = Image.Exif()
-    exif[mistakes.ORIENTATION] = orientation
+    exif[catalog.ORIENTATION] = orientation
     image = Image.open(path)
     (image.transpose(turn) if turn is not None else image).save(path, exif=exif)
 
