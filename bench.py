@@ -39,8 +39,8 @@ from timing import Stopwatch, hardware, in_processes, matmul_peak, memory, timed
 
 # How a step can be computed; each of the first five adds to the one before it, the others to the
 # fifth. naive is what the released code does: autograd graph and head for the teacher, heads as
-# drawn in the paper, explicit attention. kept_memory is `parallel.keep_memory`, graphs is
-# `step.Graphed`.
+# drawn in the paper, explicit attention, an optimiser that is not fused. kept_memory is
+# `parallel.keep_memory`, graphs is `step.Graphed`.
 LOW = dict(lean=True, keep=True, channels_last=True, dtype="bfloat16")
 VARIANTS = {
     "naive": {},

@@ -80,6 +80,7 @@ def pdd(student, teacher, labels, reading="binary", target=0.5, rest=0.5):
     valid = labels != IGNORE
     safe = labels.where(valid, 0)
     s, t = (resize(z.float(), labels.shape[1:]) for z in (student, teacher))
+    # from here on all names are logarithms of the docstring's probabilities
     (s_y, s_n, s_others), (t_y, t_n, t_others) = label_and_rest(s, safe), label_and_rest(t, safe)
     if reading == "binary":
         q_y, q_n = F.softplus(t_y) - math.log(2), t_n - math.log(2)  # log((t_y + 1) / 2), ...
@@ -192,7 +193,7 @@ class C2VKD(Method):
             terms["global"] = self.global_weight * kl(s, t)
             terms["graph"] = self.graph_weight * graph(s, t)
             if self.pool:
-                predicted = self.describe(deep.mean(dim=(2, 3)))  # (B, 512)
+                predicted = self.describe(deep.mean(dim=(2, 3)))  # (B, D)
                 terms["language"] = self.language_weight * kl(predicted, self.pool(t))
         return terms
 

@@ -185,7 +185,7 @@ def open_packed(folder, n, with_labels=True):
 def is_cached(folder, split, title, cache_gb):
     """Whether a folder of the cache holds a split, which is decoded into it now if necessary.
 
-    False if that would take more than --cache-gb, or than half of the free space.
+    False if that would take more than --cache-gb, by default half of the free space.
     """
     remove_stale_builds(folder.parent)
     if folder.is_dir():

@@ -8,7 +8,8 @@ Segmentation", arXiv 2202.13393): what a student learns from a teacher in additi
 
     L = CE(logits, labels) + sum_i HCL(Fhat_i, F_i^T) + sum_i alpha_i MSE(P_i, E_i^T)
 
-All but the cross-entropy is what a `Method` adds; the other methods are further ones. To learn
+c_i and C_i are the channels of stage i in student and teacher. The cross-entropy is computed by
+the `Learner` of step.py, the two sums by a `Method`; every other method is one too. To learn
 TransKD read `hcl`, `CrossSelectiveFusion`, `PatchEmbeddingAlignment` and `TransKD.forward`.
 """
 
@@ -39,7 +40,7 @@ def valid_mean(values, valid):
 
 
 def valid_count(valid):
-    """The sum of `valid`, averaged over the processes; 1 if that is 0."""
+    """The sum of `valid`, averaged over the processes (why: `process_mean`); 1 if that is 0."""
     count = process_mean(valid.sum(dtype=torch.float32))
     return torch.where(count > 0, count, torch.ones_like(count))
 
@@ -52,7 +53,7 @@ def paper_weights(pixels):
 def label_weights(labels, class_weights=None):
     """Each pixel's weight in the cross-entropy, (B, H, W) like the labels: 0 if it is IGNORE."""
     weights = (labels != IGNORE).float()
-    if class_weights is not None:
+    if class_weights is not None:  # IGNORE, beyond their end, takes any of them: times 0
         weights = weights * class_weights[labels.long().clamp(max=len(class_weights) - 1)]
     return weights
 
@@ -152,7 +153,10 @@ def to_grid(x, size):
 
 
 def matched(s, t):
-    """Maps (B, C_s, h, w), (B, C_t, H, W) in float32, the teacher's at the student's size."""
+    """Maps (B, C_s, h, w), (B, C_t, H, W) in float32, the teacher's at the student's size.
+
+    Their matrix products are bfloat16 again under autocast, but for `full_precision`.
+    """
     return s.float(), to_grid(t.float(), s.shape[2:])
 
 
@@ -166,7 +170,7 @@ EMBED_STAGES = {"all": (0, 1, 2, 3), "none": (), "1": (0,), "2": (1,), "3": (2,)
 
 def conv_bn(c_in, c_out, kernel):
     conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
-    nn.init.kaiming_uniform_(conv.weight, a=1)
+    nn.init.kaiming_uniform_(conv.weight, a=1)  # as released: sqrt(3) times torch's default
     return nn.Sequential(conv, nn.BatchNorm2d(c_out))
 
 
@@ -187,32 +191,12 @@ def plain_squeeze(mid, squeeze):
     return nn.Sequential(nn.Conv2d(mid, squeeze, 1, bias=False), nn.ReLU())
 
 
-class ReleasedSqueeze(nn.Module):
-    """CSF's squeeze as the authors released it: ReLU(BN(Conv1x1)), and at batch 1, where a batch
-    norm of a 1x1 map has nothing to normalise, a second, separate ReLU(Conv1x1).
-
-    At batch 2 that BN maps any two samples to a value and its negative: hardly any information on
-    the image is left in the attention.
-    """
-
-    def __init__(self, mid, squeeze):
-        super().__init__()
-        self.many, self.single = plain_squeeze(mid, squeeze), plain_squeeze(mid, squeeze)
-        self.many.insert(1, nn.BatchNorm2d(squeeze))
-
-    def forward(self, g):
-        used, unused = self.many, self.single
-        if len(g) * rank_and_world()[1] == 1:  # one image over all processes
-            used, unused = unused, used
-        return used(g + sum(0 * p.sum() for p in unused.parameters()))  # DDP wants all gradients
-
-
 class CrossSelectiveFusion(nn.Module):
     """CSF, of TransKD. Student maps (B, c_i, H_i, W_i) -> (B, C_i, H_i, W_i).
 
         x_i = BN(Conv1x1(F_i))                               64 channels
         m_4 = x_4;  r = upsample(m_{i+1})                    nearest, for i = 3, 2, 1
-        z = squeeze(GAP(x_i + r))                            32 channels
+        z = squeeze(GAP(x_i + r))                            32 channels, GAP: mean over positions
         a_x, a_r = softmax over the two branches, per channel, of (W_x z, W_r z)
         m_i = a_x * x_i + a_r * r
         Fhat_i = BN(Conv3x3(m_i))                            the teacher's channels
@@ -242,6 +226,26 @@ class CrossSelectiveFusion(nn.Module):
         return deep_to_shallow(features, self.reduce, self.fuse, self.expand)
 
 
+class ReleasedSqueeze(nn.Module):
+    """CSF's squeeze as the authors released it: ReLU(BN(Conv1x1)), and at batch 1, where a batch
+    norm of a 1x1 map has nothing to normalise, a second, separate ReLU(Conv1x1).
+
+    At batch 2 that BN maps any two numbers that are not nearly equal to about 1 and -1: which image
+    has the larger is all that the attention still knows of them.
+    """
+
+    def __init__(self, mid, squeeze):
+        super().__init__()
+        self.many, self.single = plain_squeeze(mid, squeeze), plain_squeeze(mid, squeeze)
+        self.many.insert(1, nn.BatchNorm2d(squeeze))
+
+    def forward(self, g):
+        used, unused = self.many, self.single
+        if len(g) * rank_and_world()[1] == 1:  # one image over all processes
+            used, unused = unused, used
+        return used(g + sum(0 * p.sum() for p in unused.parameters()))  # DDP wants all gradients
+
+
 # ------------------------------------------------------------------------------------------------
 # PEA: patch embeddings of the four stages; GL-Mixer and Embedding Assistant
 
@@ -249,11 +253,11 @@ class CrossSelectiveFusion(nn.Module):
 class GLMixer(nn.Module):
     """Global-Local context Mixer, of TransKD-GL: tokens (B, N, C) -> (B, N, C).
 
-        E' = w_global * MHSA(E) + w_local * (Conv(E) * sigmoid(Conv(E)))
+        E' = w_global * MHSA(E) + w_local * (conv(E) * sigmoid(gate(E)))     residual: + E
 
-    8 heads; Conv1d, 3 tokens wide. Both weights are learned and start at `init`: at 0.5, E' is the
-    mean of the two. (The authors' code leaves them uninitialised, so the values its results started
-    from are unknown.)
+    8 heads; conv and gate: two Conv1d, 3 tokens wide. Both weights are learned and start at `init`:
+    at 0.5, E' is the mean of the two. (The authors' code leaves them uninitialised, so the values
+    its results started from are unknown.)
     """
 
     def __init__(self, dim, heads=8, init=0.5, residual=False):
@@ -418,12 +422,12 @@ class TransKD(Method):
     def forward(self, student, teacher, images, labels):
         terms = {}
         if self.csf is not None:
-            maps = self.csf(student.features)
+            maps = self.csf(student.features)  # 4 x (B, C_i, H_i, W_i)
             terms["features"] = self.feature_weight * sum(
                 self.feature_loss(*matched(f, t)) for f, t in zip(maps, teacher.features)
             )
         if self.pea is not None:
-            aligned = self.pea(student, images)
+            aligned = self.pea(student, images)  # (B, N_i, C_i) per stage
             targets = [teacher.embeddings[i] for i in self.pea.stages]
             terms["embeddings"] = self.embed_weight * sum(
                 a * F.mse_loss(p.float(), t.float())

@@ -1,7 +1,7 @@
 """
 The label doctor: reports what is in a data set, and what is wrong with it.
 
-Every file is read once, and only a few counts of it are kept (`Seen`); `mistakes.py` judges them.
+Every pair is decoded once, and a few counts of it are kept (`Seen`), which `mistakes.py` judges.
 """
 
 import collections

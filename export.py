@@ -6,7 +6,8 @@ Write a checkpoint in a form that other programs open.
     python export.py --ckpt out/student.pt --to pt2 --out-dir D          # torch.export
 
 What was written is opened again by the program it is for, and compared with the net on random
-images of two sizes. It is moved to --out-dir only if the two agree.
+images of two sizes (where transformers is missing, only its weights). It is moved to --out-dir only
+if the two agree.
 """
 
 import argparse

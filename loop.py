@@ -1,9 +1,10 @@
 """
 What training loops share: the run and its files, the steps of a stage, signals, progress lines.
 
-A stage saves all it needs to continue (last.pt) every --save-every seconds, and when a signal asks
-it to stop. As all randomness of a step comes from the seed and the step's number, a resumed run is
-the same as one that was never interrupted.
+A stage here is the training of one net, of which train.py has up to three. It saves all it needs to
+continue (last.pt) every --save-every seconds, and when a signal asks it to stop. As all randomness
+of a step comes from the seed and the step's number, a resumed run is the same as one that was never
+interrupted.
 """
 
 import argparse
@@ -238,8 +239,9 @@ def run_steps(run, stage, parts, batches, prepare, frozen, schedule, score, coun
 
     parts: what `trained_parts` returns and, if there is one, ema, a running average of
     learner.student; batches: augment.Batches, `accumulate` of them per step; prepare(batch):
-    images and labels, on the device; frozen: the step.Teacher, or None; count(batches of a step),
-    if given: an option of the learner's cross-entropy; score(net, step): for --eval-every.
+    images and labels, on the device; frozen: the step.Teacher, or None; schedule: arguments of
+    step.learning_rate; score(net, step): for --eval-every; count(batches of a step), if given: the
+    divisor of their cross-entropies (step.mean_count).
     Returns the seconds it took, interrupted runs included, scoring excluded.
     """
     args, total = run.args, schedule["total"]
@@ -267,11 +269,12 @@ def run_steps(run, stage, parts, batches, prepare, frozen, schedule, score, coun
         lr = learning_rate(step, **schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        parts_of_step = [next(batches) for _ in range(args.accumulate)]
-        counted = [count(parts_of_step)] if count else []
-        for part, batch in enumerate(parts_of_step):
-            torch.manual_seed(hash((args.seed, step, part)))  # the same in all processes, see Drop
-            syncs = run.world == 1 or part == args.accumulate - 1
+        batches_of_step = [next(batches) for _ in range(args.accumulate)]
+        counted = [count(batches_of_step)] if count else []
+        for k, batch in enumerate(batches_of_step):
+            # the same in all processes, see nets.draws; hashes of integers do not vary
+            torch.manual_seed(hash((args.seed, step, k)))
+            syncs = run.world == 1 or k == args.accumulate - 1  # DDP: once per step
             with contextlib.nullcontext() if syncs else wrapped.no_sync():
                 terms = forward_backward(*prepare(batch), *counted)
             log.add(step, terms)

@@ -38,10 +38,12 @@ def gram_difference(a, b):
     """
     n = a.shape[-2]
     with full_precision(a):
+        # float32 at least; float64 stays
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
         if n <= max(a.shape[-1], b.shape[-1]):
             return (a @ a.mT - b @ b.mT).square().mean((-2, -1))
-        aa, bb, ab = (x.mT @ (y / n) for x, y in ((a, a), (b, b), (a, b)))  # (..., C, C)
+        # (..., Ca, Ca), (..., Cb, Cb), (..., Ca, Cb)
+        aa, bb, ab = (x.mT @ (y / n) for x, y in ((a, a), (b, b), (a, b)))
         return sum(w * g.square().sum((-2, -1)) for w, g in ((1, aa), (1, bb), (-2, ab)))
 
 

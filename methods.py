@@ -32,7 +32,9 @@ PAPERS = {
 
 WEIGHT = (float, 0, 1e9)
 COUNT = (int, 1, 10**9)
-# flag: (its choices, or its type and range), what it does; if not given, the method's default holds
+# flag, named as the parameter of the method's __init__: what it takes, what it does; if not given,
+# the method's default holds. It takes one of (choices), a number (type, least, most), several of
+# [choices], bool: nothing, str: a file
 FLAGS = {
     "csf_norm": (
         ("none", "batch"),

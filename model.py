@@ -118,7 +118,7 @@ class Attention(nn.Module):
             self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
             self.norm = LayerNorm(dim, eps=1e-5)
 
-    def queries(self, x, H, W):
+    def queries(self, x, H, W):  # LVT's look at the map (others.py)
         return self.q(x)  # (B, N, C)
 
     def forward(self, x, H, W):
@@ -148,7 +148,10 @@ class MixFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attn(norm(x)), then x + mlp(norm(x)); both called with tokens, height and width."""
+    """x + attn(norm(x)), then x + mlp(norm(x)); both called with tokens, height and width.
+
+    eps: as released, 1e-6 here and after a stage, 1e-5 elsewhere.
+    """
 
     def __init__(self, dim, attn, mlp, drop_path, eps=1e-6):
         super().__init__()
@@ -164,7 +167,10 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch embedding, blocks, LayerNorm. Returns the map (B, C, H, W) and the patch embedding."""
+    """Patch embedding, blocks, LayerNorm. Returns the map (B, C, H, W) and the patch embedding.
+
+    drop_paths: a rate per block, so their number is the depth.
+    """
 
     def __init__(self, c_in, dim, patch, heads, sr_ratio, mlp_ratio, drop_paths):
         super().__init__()

@@ -12,7 +12,9 @@ from torch import nn
 class Output(NamedTuple):
     """A network's output for images (B, 3, H, W).
 
-    h, w: H/4, W/4 of a transformer, H/8, W/8 of a CNN, rounded up.
+    K: classes. In stage i = 1 .. 4, C_i: channels, H_i, W_i: H, W divided by 4, 8, 16, 32 in a
+    transformer, by 4, 8, 8, 8 in a CNN. h, w: H, W divided by 4 in a transformer, by 8 in a CNN.
+    All are rounded up.
     """
 
     logits: torch.Tensor | None  # (B, K, h, w); None if the head was skipped
@@ -45,11 +47,11 @@ def by_products(x, along, size):
     """
     B, C, h, w = x.shape
     H, W = size
-    ones = (torch.eye(n, device=x.device)[None] for n in (h, w))
-    # (H, h) and (W, w)
-    rows, columns = (along(one, n)[0].mT.to(x.dtype) for one, n in zip(ones, size))
+    units = (torch.eye(n, device=x.device)[None] for n in (h, w))  # the unit vectors, (1, n, n)
+    # along: (1, h, h) -> (1, h, H), the transpose of the matrix (H, h); likewise (W, w)
+    rows, columns = (along(unit, n)[0].mT.to(x.dtype) for unit, n in zip(units, size))
     x = rows.expand(B, H, h) @ x.permute(0, 2, 3, 1).flatten(2)  # (B, H, w * C)
-    return (columns @ x.view(B, H, w, C)).permute(0, 3, 1, 2)
+    return (columns @ x.view(B, H, w, C)).permute(0, 3, 1, 2)  # (B, C, H, W)
 
 
 def full_precision(x):

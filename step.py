@@ -49,7 +49,7 @@ def mean_count(labels, class_weights, device):
     """
     labels = [y.to(device, non_blocking=True) for y in labels]
     counts = [distill.label_weights(y, class_weights).sum() for y in labels]
-    return distill.valid_count(torch.stack(counts) / len(counts))
+    return distill.valid_count(torch.stack(counts).mean())
 
 
 class Teacher(nn.Module):
@@ -68,7 +68,7 @@ class Teacher(nn.Module):
             self.net = copy.deepcopy(net).bfloat16()
             for name, m in net.named_modules():
                 if isinstance(m, nn.modules.batchnorm._BatchNorm):  # of one process or of many
-                    # stays as it was: its variances are many powers of ten apart
+                    # stays float32: torch's kernels take it with bfloat16 maps, unrounded
                     self.net.get_submodule(name).float().load_state_dict(m.state_dict())
         self.void, self.needs_head = facts["void"], needs_head
         # (x * std + mean - own mean) / own std
@@ -95,9 +95,9 @@ class Teacher(nn.Module):
 def learning_rate(step, peak, total, warmup=0.0, decay="linear", paper_epoch=None):
     """lr of `step` (from 0): linear warm-up over a share of the run, then down to 0 at `total`.
 
-    decay: linear, or cosine, peak * (1 + cos(pi x)) / 2 with x from 0 to 1 (SGDR, Loshchilov &
-    Hutter 2017, eq. 5).
-    paper_epoch: steps per epoch, for the paper's schedule, which changes once per epoch (from 1).
+    decay: linear, or cosine: peak * (1 + cos(pi x)) / 2 (SGDR, Loshchilov & Hutter 2017, eq. 5),
+    where x rises from 0 to 1.
+    paper_epoch: steps per epoch, for the paper's schedule, peak * (1 - epoch / 1500), from epoch 1.
     """
     if paper_epoch:
         return peak * max(0.0, 1 - (step // paper_epoch + 1) / PAPER_DECAY_EPOCHS)
@@ -105,7 +105,7 @@ def learning_rate(step, peak, total, warmup=0.0, decay="linear", paper_epoch=Non
     if step < rise:
         return peak * (step + 1) / (rise + 1)
     left = (total - step) / (total - rise)
-    return peak * (left if decay == "linear" else (1 - math.cos(math.pi * left)) / 2)
+    return peak * (left if decay == "linear" else (1 + math.cos(math.pi * (1 - left))) / 2)
 
 
 def parameter_groups(module, weight_decay, everything=False):
@@ -124,8 +124,9 @@ class Graphed:
 
     A step launches two thousand kernels, which takes the host longer than a GPU takes to compute a
     small batch; a graph is one launch. After WARM_UP calls the next one is recorded, and replayed
-    from then on: with inputs copied to where they were, the seed of the moment, and results where
-    they were. So gradients must stay where they are (`update` with keep=True).
+    from then on. A replay knows addresses only: inputs are copied to those of the recording,
+    results and gradients come out at theirs, so gradients must stay there (`update` with
+    keep=True). Its random numbers are those of the seed set before it.
 
     work: tensors -> {name: tensor}. It must not wait for the GPU, nor go by values that are there.
     """

@@ -5,9 +5,10 @@ Every run behind docs/results.md, by one command that can be stopped and run aga
     python suite.py --data camvid=D1 nyuv2=D2 --photos D3 --plan reduced --jobs 2
     python suite.py --data camvid=D1 --photos D3 --list          # the commands; +: done
 
-A plan sets sizes and lengths; the rows are the same for all plans. All students of a data set have
-the same steps, batches, crops and rates, except for what their row changes. Each run is a command
-that could be typed by hand. Finished runs are skipped; interrupted ones resume.
+A plan sets sizes, lengths and seeds, and may leave rows out; what a row means is the same in all
+plans. All students of a data set have the same steps, batches, crops and rates, except for what
+their row changes. Each run is a command that could be typed by hand. Finished runs are skipped;
+interrupted ones resume.
 """
 
 import argparse

@@ -32,7 +32,7 @@ from model import to_tokens
 from nets import full_precision
 
 
-def embedding(c_in, c_out):
+def conv_norm(c_in, c_out):
     """1x1 convolution and affine instance norm.
 
     The authors use a batch norm, but call it on one image at a time: the same function.
@@ -42,7 +42,8 @@ def embedding(c_in, c_out):
 
 
 def rebuild(q, k, v, axis):
-    """Student values v, mixed by the similarities of student q, teacher k: all (G, P, D).
+    """Student values v, mixed by the similarities of student q, teacher k: all (G, P, D), that is
+    G groups of P positions with D channels, each compared within itself.
 
     No 1 / sqrt(D): the norms make similarities large, so that attention is close to a hard
     selection.
@@ -54,7 +55,8 @@ def rebuild(q, k, v, axis):
 
 
 def patch_groups(x, patch, group):
-    """Map (B, C, H, W) -> [(B * g, h * w, p * C), ...]: patches of h x w, p of them stacked.
+    """Map (B, C, H, W) -> [(B * g, h * w, p * C), ...]: patches of h x w, p of them stacked to each
+    of g groups.
 
     There are n = H // patch rows of patches (at least one) of height h = H // n, and columns
     likewise: `patch` on large maps, less than twice that on small ones. Leftover rows and columns
@@ -122,8 +124,8 @@ class TaT(Method):
         self.anchors = tat_anchors
         self.patch_weight, self.anchor_weight = tat_patch_weight, tat_anchor_weight
         student, teacher = widths
-        self.query, self.value = embedding(student, teacher), embedding(student, teacher)
-        self.key = embedding(teacher, teacher)
+        self.query, self.value = conv_norm(student, teacher), conv_norm(student, teacher)
+        self.key = conv_norm(teacher, teacher)
 
     def mismatch(self, q, k, v, t):
         """Mean of (rebuilt - t)^2 over all groups; each argument is a list of (G, P, D)."""

@@ -1,5 +1,5 @@
 """
-Measures seconds, memory and a device's peak, for `flops.py` and `bench.py`.
+Measures seconds, memory and a device's peak, and names the hardware.
 """
 
 import concurrent.futures

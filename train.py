@@ -51,7 +51,8 @@ from step import Learner, Teacher, mean_count
 @dataclasses.dataclass(kw_only=True)
 class Run(loop.Run):
     dataset: catalog.Dataset
-    train: object  # what the teacher learns from: a split, such as data.Packed, like all four
+    # four splits, as data.open_split returns them:
+    train: object  # what the teacher learns from
     few: object  # what the student learns from: the same, or --student-images of them
     unlabelled: object  # the split of --unlabelled, or ()
     val: object  # what scores both
