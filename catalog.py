@@ -81,6 +81,8 @@ def label_table(ids, ignored=()):
 
 def folder_of(name, data_dir=None):
     """Where a data set is: --data-dir, by default data/NAME. None of scenes, which are drawn."""
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset '{name}': choose one of {', '.join(DATASETS)}")
     if name == "folder" and not data_dir:
         raise UserError("--dataset folder needs --data-dir, the folder that holds it")
     return data_dir or (None if name == "scenes" else f"data/{name}")
@@ -88,11 +90,10 @@ def folder_of(name, data_dir=None):
 
 def open_dataset(name, data_dir=None, **options):
     """A Dataset by its name in DATASETS. Raises UserError if its files are not as expected."""
-    if name not in DATASETS:
-        raise UserError(f"unknown dataset '{name}': choose one of {', '.join(DATASETS)}")
+    folder = folder_of(name, data_dir)
     if name == "scenes":
         return open_scenes()
-    root = Path(folder_of(name, data_dir))
+    root = Path(folder)
     hint = f"; {how_to_get(name, root)}" if name in SOURCES else ""
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: no such folder{hint}")

@@ -244,9 +244,6 @@ def add_run_flags(p, eval_batch_size=8):
 
 def resolve(args):
     """Fill in missing flags from the recipe and the data set's defaults, and check them all."""
-    if args.dataset not in catalog.DATASETS:
-        names = ", ".join(catalog.DATASETS)
-        raise UserError(f"unknown dataset '{args.dataset}': choose one of {names}")
     check_idle(args)
     args.data_dir = catalog.folder_of(args.dataset, args.data_dir)
     data.check_cache(args)
