@@ -416,14 +416,11 @@ SECTIONS = dict(
 
 def plot(rows, path):
     """Milliseconds by pixels, by batch and by model, as bars and lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     whats = dict.fromkeys(r["what"] for r in rows)
-    figure, axes = pyplot.subplots(1, len(whats), figsize=(12, 3.6), layout="constrained")
-    for axis, what in zip(axes, whats):
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axis, what in zip(figure.subplots(1, len(whats)), whats):
         mine = [r for r in rows if r["what"] == what]
         axis.set(title=what, ylabel="ms per image")
         if what == "model":
