@@ -60,17 +60,12 @@ class Photos:
     def image(self, i):
         if self.packed:
             return self.packed.image(i)
-        return shrink(catalog.read_image(self.path(i)), self.store)
-
-
-def shrink(image, side):
-    """An image (H, W, 3) whose shorter side is at most `side`, resized with antialiasing."""
-    h, w = image.shape[:2]
-    return image if min(h, w) <= side else to_short_side(image, side)
+        image = catalog.read_image(self.path(i))
+        return image if min(image.shape[:2]) <= self.store else to_short_side(image, self.store)
 
 
 def to_short_side(image, side):
-    """An image (H, W, 3) resized to a shorter side of `side`."""
+    """An image (H, W, 3) resized, with antialiasing, to a shorter side of `side`."""
     h, w = image.shape[:2]
     size = side * w // min(h, w), side * h // min(h, w)
     return np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR))
