@@ -185,7 +185,7 @@ class Batches(torch.utils.data.Dataset):
     """Item `step` is the host batch of that step: a DataLoader over it can start anywhere.
 
     batch_size counts all processes; process `rank` of `world` gets its share. make: a function
-    called like host_batch. An error in the data is returned, for `stream` to raise, so that no
+    called like host_batch. An error in the data is returned, for `loop.load` to raise, so that no
     worker process wraps it in a traceback.
     """
 
@@ -200,11 +200,3 @@ class Batches(torch.utils.data.Dataset):
             return self.make(self.split, step, self.batch_size, self.seed, self.augment, self.rows)
         except UserError as e:
             return e
-
-
-def stream(loader):
-    """The batches of a DataLoader over Batches; raises the UserError that one may return."""
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-import augment
 import files
 import model
 import parallel
@@ -310,7 +309,10 @@ def restore(run, stage, parts):
 
 
 def load(batches, numbers, workers, device):
-    """The host batches of these numbers, in order, prepared by worker processes."""
+    """Yield the host batches of these numbers, in order, prepared by worker processes.
+
+    Raises the UserError that one may be, see augment.Batches.
+    """
     loader = torch.utils.data.DataLoader(
         batches,
         batch_size=None,
@@ -319,7 +321,10 @@ def load(batches, numbers, workers, device):
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_sigterm_to_the_run,
     )
-    return augment.stream(loader)
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def leave_sigterm_to_the_run(_):
