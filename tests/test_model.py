@@ -183,15 +183,6 @@ def test_compiles_and_exports():
     assert torch.allclose(graph(x).logits, want, atol=1e-5)
 
 
-def test_save_and_load(tmp_path):
-    net = model.build("nano", 5).eval()
-    model.save(tmp_path / "a.pt", net, classes=["x"] * 5)
-    again, facts = model.load(tmp_path / "a.pt")
-    x = torch.randn(1, 3, 40, 40)
-    assert torch.equal(again(x).logits, net(x).logits)
-    assert facts["classes"] == ["x"] * 5 and again.name == "nano"
-
-
 def test_models_whose_tensors_do_not_tell_them_apart(tmp_path, monkeypatch):
     """The file says which it is and how many heads it has; an older one means the first model."""
     dims, _, depths, width = model.MODELS["nano"]
