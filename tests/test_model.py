@@ -37,14 +37,16 @@ def test_parameter_counts(name):
         assert model.count_parameters(model.build(name, 20)) == PARAMS[name]
 
 
-@pytest.mark.parametrize("name", ["nano", "b0", "b1"])
+@pytest.mark.parametrize("name", ["nano", "b0", "b1", "lvt", "pvt_v2_b0", "pvt_v2_b1"])
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 96), (97, 131)])
 def test_shapes(name, size):
     net = model.build(name, 7).eval()
     with torch.no_grad():
         out = net(torch.randn(2, 3, *size))
+    assert (net.name, net.num_classes, net.width) == (name, 7, model.MODELS[name][3])
     h, w = size
-    assert out.logits.shape == (2, 7, -(-h // 4), -(-w // 4))
+    quarter = (-(-h // 4), -(-w // 4))
+    assert out.logits.shape == (2, 7, *quarter) and out.decoded.shape == (2, net.width, *quarter)
     for i, (f, e) in enumerate(zip(out.features, out.embeddings)):
         h, w = (-(-n // (4 if i == 0 else 2)) for n in (h, w))
         assert f.shape == (2, net.channels[i], h, w)

@@ -59,23 +59,6 @@ def test_parameter_counts(name):
     assert same == (name == "pvt_v2_b5")
 
 
-@pytest.mark.parametrize("name", ["lvt", "pvt_v2_b0", "pvt_v2_b1"])
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (97, 131)])
-@torch.no_grad()
-def test_shapes(name, size):
-    net = model.build(name, 7).eval()
-    out = net(torch.randn(1, 3, *size))
-    h, w = size
-    quarter = (-(-h // 4), -(-w // 4))
-    assert out.logits.shape == (1, 7, *quarter) and out.decoded.shape == (1, net.width, *quarter)
-    assert (net.name, net.num_classes) == (name, 7)
-    assert net.width == (256 if name == "lvt" else 128)
-    for i, (f, e) in enumerate(zip(out.features, out.embeddings)):
-        h, w = (-(-n // (4 if i == 0 else 2)) for n in (h, w))
-        assert f.shape == (1, net.channels[i], h, w)
-        assert e.shape == (1, h * w, net.channels[i])
-
-
 @pytest.mark.parametrize("name", ["lvt", "pvt_v2_b0"])
 def test_contract_of_a_net(name):
     with pytest.raises(files.UserError, match=f"unknown model 'b9'.*nano.*b5.*{name}"):
