@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -365,7 +364,7 @@ def test_imagenet_weights_by_default(folder, tmp_path, capsys, monkeypatch):
     assert asked == ["resnet50"] and "no connection\n!!! So the teacher" in capsys.readouterr().out
 
 
-def test_costs(monkeypatch, capsys):
+def test_costs(capsys):
     """Of 21 classes at 520x520 torchvision says 42,004,074 parameters and 178.722 GMACs, with the
     auxiliary head: 3x3 x 1024 x 256, a batch norm, and 256 x 21, on a map of 65x65."""
     row = flops.measure_named(NAME, 21, (520, 520))
@@ -375,7 +374,6 @@ def test_costs(monkeypatch, capsys):
         row["gmacs"] == row["executed_gmacs"] == pytest.approx(178.722 - head * 65**2 / 1e9, 1e-5)
     )
     words = "--model nano --teacher deeplabv3_resnet50 --method c2vkd --size 64x64 --json".split()
-    monkeypatch.setattr(sys, "argv", ["flops.py", *words])
-    flops.main(flops.get_args())
+    flops.main(flops.get_args(words))
     plain, wrapped = json.loads(capsys.readouterr().out)
     assert wrapped["params"] - plain["params"] == 128 * 2048

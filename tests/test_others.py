@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 
 import pytest
 import torch
@@ -520,7 +519,7 @@ TINY = "--crop-size 32 --batch-size 2 --max-iters 1 --workers 0 --device cpu --e
         ("nano", "pvt_v2_b0", "transkd-gl"),
     ],
 )
-def test_train_and_score(tmp_path, monkeypatch, capsys, student, teacher, method):
+def test_train_and_score(tmp_path, capsys, student, teacher, method):
     root = write_folder(tmp_path / "data", train=4, val=2)
     words = f"--student {student} --teacher {teacher} --method {method} {TINY}".split()
     words += ["--dataset", "folder", "--data-dir", str(root), "--out-dir", str(tmp_path / "out")]
@@ -529,11 +528,10 @@ def test_train_and_score(tmp_path, monkeypatch, capsys, student, teacher, method
     assert metrics["student"]["model"] == student and metrics["teacher"]["model"] == teacher
     if teacher == "lvt":
         assert "no ImageNet weights of a lvt" in capsys.readouterr().out
-    argv = ["eval.py", "--ckpt", str(tmp_path / "out/student.pt"), "--device", "cpu"]
+    argv = ["--ckpt", str(tmp_path / "out/student.pt"), "--device", "cpu"]
     argv += ["--dataset", "folder", "--data-dir", str(root), "--json"]
-    monkeypatch.setattr(sys, "argv", argv)
     capsys.readouterr()
-    evaluation.main(evaluation.get_args())
+    evaluation.main(evaluation.get_args(argv))
     scored = json.loads(capsys.readouterr().out)
     assert scored["miou"] == pytest.approx(metrics["student"]["miou"])
 
