@@ -187,7 +187,7 @@ def test_recognise(name):
     assert model.recognise("x", weights.translate(state), {}) == (name, 3, None)
 
 
-def test_torchvisions_segmenter_in_a_wrapper(net, tmp_path, capsys):
+def test_torchvisions_segmenter_in_a_wrapper(tmp_path, capsys):
     """As its training scripts save it: under "model", from several GPUs, with an auxiliary head."""
     reference = theirs(num_classes=21, aux_loss=True).eval()
     state = {f"module.{k}": v for k, v in reference.state_dict().items()}

@@ -133,7 +133,7 @@ def test_scenes_are_deterministic_and_cover_their_classes():
     assert not set(dataset.pairs["train"]) & set(dataset.pairs["val"])
 
 
-def test_exported_scenes_are_a_folder(tmp_path, capsys):
+def test_exported_scenes_are_a_folder(tmp_path):
     prepare.export_scenes(SimpleNamespace(out_dir=str(tmp_path / "s"), count=3))
     dataset = catalog.open_dataset("folder", tmp_path / "s")
     assert dataset.classes == tuple(name for name, _ in scenes.CLASSES)

@@ -44,11 +44,11 @@ def brute_force(pairs, K):
     return miou, hits / total if total else None, iou
 
 
-def random_pairs(K=6, n=3):
+def random_pairs():
     """Class 3 is in labels only, class 4 in predictions only, class 5 in neither."""
     rng = np.random.default_rng(0)
     pairs = []
-    for _ in range(n):
+    for _ in range(3):
         y, p = rng.integers(0, 4, (2, 9, 11))
         p[p == 3], y[rng.random(y.shape) < 0.2] = 4, 255
         pairs.append((p, y))
@@ -269,7 +269,7 @@ def test_json_is_one_object_and_nothing_else(capsys, folder, ckpt):
         ("--window 40 --stride 20", dict(window=40, stride=20)),
     ],
 )
-def test_the_views_are_those_that_were_asked_for(monkeypatch, capsys, folder, ckpt, words, views):
+def test_the_views_are_those_that_were_asked_for(monkeypatch, folder, ckpt, words, views):
     seen = []
     real = evaluation.predict_ids
     monkeypatch.setattr(evaluation, "predict_ids", lambda *a, **k: seen.append(k) or real(*a, **k))

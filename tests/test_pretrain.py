@@ -146,7 +146,7 @@ def test_what_is_scored_is_the_middle(tree):
     assert (photos.centre(small, 32) == want).all()
 
 
-def test_order_and_labels_are_those_of_imagefolder(tree, tmp_path):
+def test_order_and_labels_are_those_of_imagefolder(tree):
     from torchvision.datasets import ImageFolder
 
     split, theirs = some_photos(tree), ImageFolder(tree / "train")

@@ -67,7 +67,7 @@ def start(*argv):
 
 
 @pytest.mark.parametrize("plan", suite.PLANS)
-def test_every_command_of_every_plan_is_one(place, plan, monkeypatch):
+def test_every_command_of_every_plan_is_one(plan, monkeypatch):
     """Their flags are known, go together, and say what their row says."""
     monkeypatch.setattr(argparse.ArgumentParser, "error", lambda self, message: fail(message))
     datasets = suite.PLANS[plan]["data"]
@@ -303,12 +303,12 @@ def test_workers_are_those_of_every_training(place, monkeypatch):
     assert get_args(place, "--workers", "0").workers == 0
 
 
-def test_rows_that_a_plan_has_not(place):
+def test_rows_that_a_plan_has_not():
     with pytest.raises(UserError, match="--only long: no rows of plan scenes"):
         suite.main(suite.get_args(["--plan", "scenes", "--only", "long"]))
 
 
-def test_a_run_that_ends_while_it_is_stopped_is_done(tmp_path, monkeypatch, capsys):
+def test_a_run_that_ends_while_it_is_stopped_is_done(tmp_path, monkeypatch):
     class Ended:
         returncode = 0
         wait = terminate = lambda self: 0

@@ -327,7 +327,7 @@ def test_photos_without_labels(folder, tmp_path, capsys):
             run(folder, tmp_path / "d", *words_)
 
 
-def test_short_side_is_shrinking_by_hand(tmp_path, monkeypatch):
+def test_short_side_is_shrinking_by_hand(tmp_path):
     """As images and labels shrunk before; val is scored at the size of its labels."""
     large, small = (write_folder(tmp_path / name, height=80, width=96) for name in ("a", "b"))
     for stem in (small / "train.txt").read_text().split():
@@ -555,7 +555,7 @@ def test_sigterm_saves_and_resume_goes_on(folder, tmp_path, capsys, workers):
     assert same(weights(whole), weights(parts))
 
 
-def test_kill_while_saving_loses_nothing(folder, tmp_path, monkeypatch):
+def test_kill_while_saving_loses_nothing(folder, tmp_path):
     """A process killed inside torch.save leaves the last whole checkpoint, from which to go on."""
     out = tmp_path / "out"
     code = f"""
