@@ -2,16 +2,14 @@
 
 import argparse
 import json
-import os
 import signal
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_folder, write_photos
+from test_train import command
 
 import catalog
 import eval as evaluation
@@ -25,8 +23,6 @@ import settings
 import suite
 from files import UserError
 
-ROOT = Path(suite.__file__).parent
-
 
 @pytest.fixture
 def place(tmp_path):
@@ -35,10 +31,10 @@ def place(tmp_path):
     return tmp_path
 
 
-def words(place, *more, plan="tiny"):
+def words(place, *more):
     where = ["--data", f"folder={place}/data", "--photos", f"{place}/photos"]
     own = ["--out-dir", f"{place}/out", "--results", f"{place}/docs/results.md"]
-    return ["--plan", plan, *where, *own, "--cache-dir", f"{place}/cache", *more]
+    return ["--plan", "tiny", *where, *own, "--cache-dir", f"{place}/cache", *more]
 
 
 def test_tables_of_ones_own_do_not_replace_the_published_ones(place):
@@ -49,17 +45,10 @@ def test_tables_of_ones_own_do_not_replace_the_published_ones(place):
     assert args.results == f"{place}/out/results.md"
 
 
-def get_args(place, *more, **kw):
-    args = suite.get_args(words(place, *more, **kw))
+def get_args(place, *more):
+    args = suite.get_args(words(place, *more))
     suite.check(args)
     return args
-
-
-def start(*argv):
-    """The script as a user starts it."""
-    argv = [sys.executable, str(ROOT / "suite.py"), *argv]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(argv, stdout=-1, stderr=-1, text=True, env=env)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -227,7 +216,7 @@ def test_weights_that_are_there_are_not_trained(place):
 
 def test_stopped_and_run_again(place, monkeypatch):
     """Interrupted in its first run, it goes on; a third time there is nothing to do."""
-    child = start(*words(place, "--only", "labels"))
+    child = command(*words(place, "--only", "labels"), script="suite.py")
     for line in child.stdout:
         if "begins" in line:
             break
