@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_folder
+from test_train import run as train
 
 import bench
 import catalog
@@ -23,7 +24,6 @@ import methods
 import model
 import parallel
 import timing
-import train
 from files import UserError
 
 SMALL = "--student nano --teacher nano --models nano --size 64x64 --batch-size 2 --batches 1 2"
@@ -50,10 +50,8 @@ def compiled_graphs():
 
 def run(folder, out, *words):
     """60 steps of nano; its mIoU."""
-    length = "--student nano --method none --max-iters 60 --crop-size 64 --batch-size 8 --lr 3e-3"
-    where = ["--dataset", "folder", "--data-dir", str(folder), "--out-dir", str(out)]
-    train.main(train.get_args([*where, *length.split(), *words]))
-    return json.loads((out / "metrics.json").read_text())["miou"]
+    length = "--method none --max-iters 60 --crop-size 64 --batch-size 8 --lr 3e-3"
+    return train(folder, out, *length.split(), *words)["miou"]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
+from test_train import run
 
 import catalog
 import data
@@ -319,12 +320,8 @@ def test_acdc_is_scored_apart_and_together(tmp_path, capsys, ckpt):
 
 
 def test_training_scores_the_conditions_of_acdc_apart_too(tmp_path):
-    import train
-
-    argv = ["--dataset", "acdc", "--data-dir", str(acdc(tmp_path / "data")), "--method", "none"]
-    small = "--student nano --crop-size 32 --batch-size 2 --max-iters 1".split()
-    train.main(train.get_args([*argv, *small, "--out-dir", str(tmp_path / "out")]))
-    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    few = "--dataset acdc --method none --max-iters 1".split()
+    metrics = run(acdc(tmp_path / "data"), tmp_path / "out", *few)
     assert set(metrics["student"]["parts"]) == {"fog", "night", "rain", "snow"}
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_folder
+from test_train import run
 
 import eval as evaluation
 import files
 import flops
 import model
 import others
-import train
 import weights
 
 NAMES = ("lvt", *(f"pvt_v2_b{n}" for n in range(6)))
@@ -508,7 +508,7 @@ def test_costs_of_a_pyramid_by_hand():
     assert row["gmacs"] - encoder == pytest.approx(head / 1e9, rel=1e-6)
 
 
-TINY = "--crop-size 32 --batch-size 2 --max-iters 1 --workers 0 --device cpu --eval-batch-size 3"
+TINY = "--batch-size 2 --max-iters 1 --workers 0 --device cpu --eval-batch-size 3"
 
 
 @pytest.mark.parametrize(
@@ -522,9 +522,7 @@ TINY = "--crop-size 32 --batch-size 2 --max-iters 1 --workers 0 --device cpu --e
 def test_train_and_score(tmp_path, capsys, student, teacher, method):
     root = write_folder(tmp_path / "data", train=4, val=2)
     words = f"--student {student} --teacher {teacher} --method {method} {TINY}".split()
-    words += ["--dataset", "folder", "--data-dir", str(root), "--out-dir", str(tmp_path / "out")]
-    train.main(train.get_args(words))
-    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    metrics = run(root, tmp_path / "out", *words)
     assert metrics["student"]["model"] == student and metrics["teacher"]["model"] == teacher
     if teacher == "lvt":
         assert "no ImageNet weights of a lvt" in capsys.readouterr().out
@@ -543,7 +541,5 @@ def test_teacher_from_imagenet_weights(tmp_path, monkeypatch):
         weights, "fetch_from_hub", lambda name: asked.append(name) or tmp_path / "x.pth"
     )
     root = write_folder(tmp_path / "data", train=4, val=2)
-    words = f"--student nano --teacher pvt_v2_b0 {TINY}".split()
-    words += ["--dataset", "folder", "--data-dir", str(root), "--out-dir", str(tmp_path / "out")]
-    train.main(train.get_args(words))
+    run(root, tmp_path / "out", "--teacher", "pvt_v2_b0", *TINY.split())
     assert asked == ["OpenGVLab/pvt_v2_b0"]

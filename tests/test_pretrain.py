@@ -18,6 +18,7 @@ from conftest import write_photos
 from PIL import Image
 from test_train import command as train_command
 from test_train import crash, same, weights, with_and_without_cache, write_folder
+from test_train import run as train
 from torchvision.models import VisionTransformer
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
@@ -32,7 +33,6 @@ import parallel
 import photos
 import pretrain
 import settings
-import train
 from files import UserError
 from nets import Output
 from step import Learner, learning_rate
@@ -397,10 +397,8 @@ def test_encoder_file_starts_training_of_a_segmenter(tree, tmp_path, capsys):
     path = str(tmp_path / "pre/encoder.pt")
     capsys.readouterr()
     folder = write_folder(tmp_path / "data")
-    argv = ["--dataset", "folder", "--data-dir", str(folder), "--out-dir", str(tmp_path / "out")]
-    argv += "--student nano --teacher nano --crop-size 32 --batch-size 4 --max-iters 1".split()
-    argv += ["--lr", "0", "--teacher-lr", "1e-12", "--save-every", "0"]
-    train.main(train.get_args([*argv, "--teacher-init", path, "--student-init", path]))
+    more = "--max-iters 1 --lr 0 --teacher-lr 1e-12 --save-every 0".split()
+    train(folder, tmp_path / "out", *more, "--teacher-init", path, "--student-init", path)
     said = capsys.readouterr().out
     net = model.build("nano", 3)
     n, of = len(net.encoder.state_dict()), len(net.state_dict())
