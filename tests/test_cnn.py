@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_folder
+from test_train import logged
 from torchvision.models import get_model
 
 import cnn
@@ -313,8 +314,8 @@ def test_a_run_with_a_teacher_that_is_there(tmp_path, checkpoint, method, capsys
         assert not (tmp_path / "b/alone.pt").exists()
     else:
         assert said.count("c2vkd: without its linguistic term") == 1
-        log = [json.loads(x) for x in (tmp_path / "out/log.jsonl").read_text().splitlines()]
-        assert "ce" not in log[1] and "c2vkd/pdd" in log[1]
+        step = logged(tmp_path / "out")[1]
+        assert "ce" not in step and "c2vkd/pdd" in step
 
 
 def test_the_teachers_own_training(folder, tmp_path):

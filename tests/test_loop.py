@@ -1,6 +1,5 @@
 """What a training run does step by step, against a few lines of plain torch."""
 
-import json
 from argparse import Namespace
 
 import gpu
@@ -8,7 +7,7 @@ import graphs
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import run, weights, words
+from test_train import logged, run, weights, words
 
 import augment
 import loop
@@ -231,8 +230,8 @@ def test_lines_tell_means_speed_and_what_is_left(tmp_path, monkeypatch, capsys):
     steps(10.0, 20.0)
     clock[0] += 1
     log.report(6, 0.1)  # one step in 1 second; 3 steps in 5 seconds, 13 are left
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(r["step"], r["ce"], r["img_s"]) for r in lines] == [(6, 4.0, 4.0), (7, 15.0, 8.0)]
+    lines = [(r["step"], r["ce"], r["img_s"]) for r in logged(tmp_path)]
+    assert lines == [(6, 4.0, 4.0), (7, 15.0, 8.0)]
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith("eta 0:28") and said[1].endswith("eta 0:22")
     assert log.seconds() == 5.0

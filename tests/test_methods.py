@@ -1,13 +1,12 @@
 """Every method in the loop: its flags, a resumed run, two processes."""
 
 import inspect
-import json
 import math
 
 import pytest
 import torch
 from conftest import write_folder
-from test_train import command, crash, run, same, weights, words
+from test_train import command, crash, logged, run, same, weights, words
 
 import distill
 import methods
@@ -36,8 +35,7 @@ def flags(place, method, *more):
 
 def steps(out):
     """The log's records of training steps."""
-    records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [record for record in records if "lr" in record]
+    return [record for record in logged(out) if "lr" in record]
 
 
 def terms(record):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from conftest import write_photos
 from PIL import Image
 from test_train import command as train_command
-from test_train import crash, same, weights, with_and_without_cache, write_folder
+from test_train import crash, logged, same, weights, with_and_without_cache, write_folder
 from test_train import run as train
 from torchvision.models import VisionTransformer
 from torchvision.transforms import v2
@@ -68,10 +68,6 @@ command = functools.partial(train_command, script="pretrain.py")
 
 def encoders(*outs):
     return [weights(out, "encoder.pt") for out in outs]
-
-
-def logged(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
 def steps(out):

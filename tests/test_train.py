@@ -50,6 +50,11 @@ def run(folder, out, *more):
     return json.loads((Path(out) / "metrics.json").read_text())
 
 
+def logged(out):
+    """The records of log.jsonl."""
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
 def weights(out, name="student.pt"):
     return torch.load(Path(out) / name, weights_only=True)["state_dict"]
 
@@ -161,7 +166,7 @@ def test_the_whole_job(folder, tmp_path, capsys):
     assert metrics["miou"] == metrics["student"]["miou"]
     assert metrics["deployed"].items() <= flops.measure_named("nano", 3, (32, 32)).items()
     assert metrics["deployed"]["params"] == model.count_parameters(model.build("nano", 3))
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = logged(out)
     assert {r["stage"] for r in log} == {"teacher", "alone", "student"}
     assert {"ce", "features", "embeddings"} <= set(log[-2])
     said = capsys.readouterr().out
@@ -446,8 +451,7 @@ def test_ema_is_a_running_average(folder, tmp_path, monkeypatch):
 
 
 def log_of(out):
-    records = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [(r["stage"], r["step"], r.get("miou")) for r in records]
+    return [(r["stage"], r["step"], r.get("miou")) for r in logged(out)]
 
 
 THREE_STAGES = ["--alone", "--ema", "0.9", "--save-every", "0"]
@@ -596,9 +600,8 @@ def test_two_processes_equal_one(folder, tmp_path, method, accumulate):
         said, errors = child.communicate()
         assert child.returncode == 0, errors
         assert said.count("student alone") == 1  # one process speaks
-        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
         quiet = ("stage", "img_s", "miou", "pixel_acc")
-        logs.append([{k: v for k, v in r.items() if k not in quiet} for r in lines])
+        logs.append([{k: v for k, v in r.items() if k not in quiet} for r in logged(out)])
         metrics.append(json.loads((out / "metrics.json").read_text()))
         logits += [
             model.load(out / f"{stage}.pt")[0](images).logits for stage in ("alone", "student")
@@ -832,12 +835,11 @@ def test_teacher_from_imagenet_weights(folder, tmp_path, capsys, monkeypatch):
     assert asked == ["nvidia/mit-b0"] and "starts from nvidia/mit-b0" in said
     n = len(net.encoder.state_dict())
     assert "SCRATCH" not in said and f"loaded {n} of {len(net.state_dict())} tensors" in said
-    lines = [json.loads(x) for x in (tmp_path / "out/log.jsonl").read_text().splitlines()]
-    rates = {line["stage"]: line["lr"] for line in lines if "lr" in line}
+    rates = {line["stage"]: line["lr"] for line in logged(tmp_path / "out") if "lr" in line}
     assert rates["teacher"] < 1e-4 < rates["student"]
     run(folder, tmp_path / "low", "--teacher", "b0", "--lr", "1e-5", "--max-iters", "1")
-    line = (tmp_path / "low/log.jsonl").read_text().splitlines()[0]  # a lower --lr holds for both
-    assert json.loads(line)["stage"] == "teacher" and json.loads(line)["lr"] == 1e-5
+    line = logged(tmp_path / "low")[0]  # a lower --lr holds for both
+    assert line["stage"] == "teacher" and line["lr"] == 1e-5
 
 
 def test_teacher_of_the_transkd_release(tmp_path):
@@ -972,8 +974,7 @@ def test_a_log_cut_off_by_a_crash_can_be_resumed(folder, tmp_path):
     with open(tmp_path / "out" / "log.jsonl", "a") as f:
         f.write('{"stage": "stud')
     run(folder, tmp_path / "out", *more, "--resume")
-    lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
-    assert lines and all(json.loads(line)["stage"] == "student" for line in lines)
+    assert {line["stage"] for line in logged(tmp_path / "out")} == {"student"}
 
 
 def test_steps_after_the_saved_one_are_logged_once(folder, tmp_path):
