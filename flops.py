@@ -64,12 +64,11 @@ def measure_named(name, num_classes, size, head_width=None):
 
 
 def rows(args):
-    height, width = args.size
     for name in args.model:
         row = dict(name=name, **measure_named(name, args.num_classes, args.size))
         if args.latency:
             net = model.build(name, args.num_classes).to(args.device).eval()
-            image = torch.randn(1, 3, height, width, device=args.device)
+            image = torch.randn(1, 3, *args.size, device=args.device)
             with torch.inference_mode():
                 row["latency_ms"] = 1000 * timed(partial(net, image), args.device)
         yield row
