@@ -206,7 +206,7 @@ class Encoder(nn.Module):
         return tuple(features), tuple(embeddings)
 
 
-def mit(dims, heads, depths, drop_path=0.1, mlp_ratios=(4, 4, 4, 4)):
+def mit(dims, heads, depths, drop_path, mlp_ratios=(4, 4, 4, 4)):
     """The Mix Transformer encoder."""
     inputs, rates = (3, *dims[:3]), drop_path_rates(depths, drop_path)
     return Encoder(map(Stage, inputs, dims, PATCHES, heads, SR_RATIOS, mlp_ratios, rates))
@@ -245,7 +245,7 @@ class SegFormerHead(nn.Module):
     GMACs).
     """
 
-    def __init__(self, dims, width, num_classes, dropout=0.1):
+    def __init__(self, dims, width, num_classes, dropout):
         super().__init__()
         self.linears = nn.ModuleList(nn.Linear(dim, width) for dim in dims)  # stages 1 to 4
         self.fuse = nn.Conv2d(4 * width, width, 1, bias=False)

@@ -39,7 +39,7 @@ class SemanticFPNHead(nn.Module):
     Where a stage's size is odd, twice the next one's is too large: b_i is resized to stage 1's.
     """
 
-    def __init__(self, dims, width, num_classes, dropout=0.1, pyramid=256):
+    def __init__(self, dims, width, num_classes, dropout, pyramid=256):
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(dim, pyramid, 1) for dim in dims)
         self.smooths = nn.ModuleList(nn.Conv2d(pyramid, pyramid, 3, padding=1) for _ in dims)
@@ -166,7 +166,7 @@ class LVTStage(nn.Module):
         return to_map(x, H, W), embedding
 
 
-def lvt(dims, heads, depths, drop_path=0.0):
+def lvt(dims, heads, depths, drop_path):
     """The Lite Vision Transformer encoder: CSA and plain MLPs in stage 1, RASA and MixFFN after.
 
     `weight` and `ds` of the two attentions are initialised as released, all else as in MiT.
