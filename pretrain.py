@@ -54,7 +54,7 @@ WEIGHTS = {
 FLAGS = {
     name: flag
     for name, flag in methods.FLAGS.items()
-    if name in ("kd_weight", "temperature", "tat_axis") or name.startswith("manifold_")
+    if name in ("temperature", "tat_axis") or name.startswith("manifold_")
 }
 FLAGS |= {
     "tat_weight": (methods.WEIGHT, "of tat; as published 0.2, and with kd 0.1"),
