@@ -102,7 +102,8 @@ def load(path):
     """(net in eval mode, facts) of what `save` wrote; facts: size, patch, classes, mean, std."""
     tree = load_tensors(path)
     if not isinstance(tree, dict) or tree.get("kind") != "classifier":
-        found = tree.get("model", "something else") if isinstance(tree, dict) else "something else"
+        found = tree.get("model") if isinstance(tree, dict) else None
+        found = found if isinstance(found, str) else "something else"
         raise UserError(f"{path}: {found}, and no classifier; pass an encoder.pt of pretrain.py")
     state = tree.pop("state_dict")
     net = build(tree["model"], len(tree["classes"]), tree["size"], tree["patch"])

@@ -733,6 +733,9 @@ def test_checkpoints_of_another_kind(tree, tmp_path, teacher):
         taught_by(tmp_path / "seg.pt")
     with pytest.raises(UserError, match="last.pt: something else, and no classifier"):
         taught_by(Path(teacher).parent / "last.pt")
+    torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "others.pt")
+    with pytest.raises(UserError, match="others.pt: something else, and no classifier"):
+        taught_by(tmp_path / "others.pt")
     tree4 = write_photos(tmp_path / "four", classes=4)
     with pytest.raises(UserError, match="knows 3 classes .thing0, thing1, thing2., .* has 4"):
         run(tree4, tmp_path / "out", "--teacher", teacher, "--method", "kd")
