@@ -303,7 +303,9 @@ class CIRKD(Method):
     Fixed here: the published code mistakes an index into a class's pixels for one into the image,
     so its pixel queues hold other classes. cirkd_pool: batch first averages 2x2 pixels, as when
     CIRKD's SegFormer table was made; other versions take 4 (the newest only on large maps). batch
-    pairs each image with itself too.
+    pairs each image with itself too, and with those of all processes; the published code gathers
+    none, and its SegFormers had one image a process. The terms that its version 2 added are not
+    here.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """
 Image classifiers: an encoder and one Linear, as MiTs are pre-trained; and plain vision transformers
-(DeiT), between which the manifold paper distils. Like every net here, `net(images)` returns an
-Output; its logits are (B, K).
+(DeiT), the students of the manifold paper, whose teacher is a CaiT. Like every net here,
+`net(images)` returns an Output; its logits are (B, K).
 """
 
 import torch

@@ -337,7 +337,7 @@ def class_pixels(split):
 
 
 def class_weights(split, num_classes):
-    """(K,) the weights of the TransKD release for the classes of a split."""
+    """(K,) class weights by TransKD's formula. (Its release has constants, of Cityscapes.)"""
     return paper_weights(torch.from_numpy(class_pixels(split)[:num_classes]))
 
 

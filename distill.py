@@ -147,6 +147,11 @@ def cwd(student, teacher, T=1.0):
     return T**2 * kl(student.flatten(2), teacher.flatten(2), 2, T).mean()
 
 
+def kl_over_channels(student, teacher):
+    """KL(teacher || student) of the softmax over channels, averaged over B and positions."""
+    return kl(student, teacher, dim=1).mean()
+
+
 def to_grid(x, size):
     """Map (B, C, H, W) at `size`: average-pooled where it is larger, bilinear where smaller."""
     return resize(F.adaptive_avg_pool2d(x, [min(a, b) for a, b in zip(x.shape[2:], size)]), size)
@@ -160,7 +165,7 @@ def matched(s, t):
     return s.float(), to_grid(t.float(), s.shape[2:])
 
 
-FEATURE_LOSSES = {"hcl": hcl, "cwd": cwd, "none": None}
+FEATURE_LOSSES = {"hcl": hcl, "cwd": cwd, "kl": kl_over_channels, "none": None}
 ALPHA = (0.1, 0.1, 0.5, 1.0)  # weights of the four stages' embeddings, as released
 EMBED_STAGES = {"all": (0, 1, 2, 3), "none": (), "1": (0,), "2": (1,), "3": (2,), "4": (3,)}
 
@@ -358,7 +363,7 @@ class NoDistillation(Method):
 class TransKD(Method):
     """TransKD-Base, -GL or -EA (variant "base", "gl", "ea"): CSF with HCL, plus PEA with MSE.
 
-    feature_loss: "hcl" or, in its place, "cwd"; "none" leaves CSF out (PEA alone).
+    feature_loss: "hcl" or, in its place, "cwd" or "kl"; "none" leaves CSF out (PEA alone).
     embed: "all" stages with weights ALPHA, one stage "1".."4" with weight 1, "none" (CSF alone).
     feature_weight, embed_weight: factors on the two sums; 1 as released; 0 leaves a part out.
 

@@ -223,8 +223,8 @@ def evaluate(
 
     protocol "full": labels at their own resolution, logits resized to them.
     protocol "paper", as in the TransKD release: images resized to a shorter side of 512; labels
-    resized by nearest to the logits' size, a quarter of that. Lower than, and not comparable with,
-    published full-resolution figures.
+    resized by nearest to the logits' size, a quarter of that. Not comparable with full-resolution
+    figures.
     """
     rank, world = parallel.rank_and_world()
     K, training = net.num_classes, net.training

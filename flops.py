@@ -6,8 +6,8 @@ A model's cost: parameters, multiply-accumulates, latency; and what a method add
 
 GMACs (10^9 multiply-accumulates; FLOPs are twice that) follow the papers: convolutions and linear
 layers of the network as its paper draws it. Two figures beside them show what this leaves out: the
-matrix products inside attention, and what is executed here, where the head multiplies before it
-resizes.
+matrix products inside attention (with a method also those of its loss), and what is executed here,
+where the head multiplies before it resizes.
 """
 
 import argparse

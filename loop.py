@@ -236,11 +236,10 @@ def trained_parts(run, learner, teacher, lr, decay_everything=False):
 def run_steps(run, stage, parts, batches, prepare, frozen, schedule, score, count=None):
     """The steps of a stage, from the first or from that in run.state, to schedule["total"].
 
-    parts: what `trained_parts` returns and, if there is one, ema, a running average of
-    learner.student; batches: augment.Batches, `accumulate` of them per step; prepare(batch):
-    images and labels, on the device; frozen: the step.Teacher, or None; schedule: arguments of
-    step.learning_rate; score(net, step): for --eval-every; count(batches of a step), if given: the
-    divisor of their cross-entropies (step.mean_count).
+    parts: what `trained_parts` returns and perhaps ema, a running average of learner.student;
+    batches: augment.Batches, `accumulate` of them per step; prepare(batch): images and labels, on
+    the device; frozen: the step.Teacher, or None; schedule: arguments of step.learning_rate;
+    score(net, step): for --eval-every; count(batches of a step), if given: step.mean_count of them.
     Returns the seconds it took, interrupted runs included, scoring excluded.
     """
     args, total = run.args, schedule["total"]
@@ -271,8 +270,7 @@ def run_steps(run, stage, parts, batches, prepare, frozen, schedule, score, coun
         batches_of_step = [next(batches) for _ in range(args.accumulate)]
         counted = [count(batches_of_step)] if count else []
         for k, batch in enumerate(batches_of_step):
-            # the same in all processes, see nets.draws; hashes of integers do not vary
-            torch.manual_seed(hash((args.seed, step, k)))
+            torch.manual_seed(hash((args.seed, step, k)))  # the same in all processes: nets.draws
             syncs = run.world == 1 or k == args.accumulate - 1  # DDP: once per step
             with contextlib.nullcontext() if syncs else wrapped.no_sync():
                 terms = forward_backward(*prepare(batch), *counted)

@@ -76,7 +76,7 @@ class Manifold(Method):
 
     That command has no cross-entropy, but the teacher's soft labels at temperature 1. Here the
     cross-entropy stays, and `--method manifold+kd` adds the soft labels. For a single image
-    `samples` is 0.
+    `samples` is 0; of random crops it compares places that have nothing in common.
     """
 
     needs_head = False

@@ -88,7 +88,6 @@ def get_args(argv=None):
         allow_abbrev=False,
     )
     yes_or_no = argparse.BooleanOptionalAction
-    # what
     p.add_argument("--dataset", default="scenes", help=f"one of {', '.join(catalog.DATASETS)}")
     p.add_argument("--data-dir", help="the folder that holds it (default: data/NAME)")
     p.add_argument("--student", help=f"one of {', '.join(model.MODELS)}")

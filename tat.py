@@ -81,7 +81,8 @@ def patch_groups(x, patch, group):
 def anchor_points(x, anchors):
     """Map (B, C, H, W) -> [(B, A, C)]: averages over windows, about `anchors` of them per side.
 
-    A window's sides are H / anchors and W / anchors, rounded, at least 1.
+    A window's sides are H / anchors and W / anchors, rounded, at least 1. (The release rounds down:
+    up to four times as many points, and an error on maps with fewer positions along a side.)
     """
     window = [max(1, (n + anchors // 2) // anchors) for n in x.shape[2:]]
     return [to_tokens(F.avg_pool2d(x, window))]
@@ -154,7 +155,8 @@ class WholeTaT(Method):
 
     The last maps (B, C_s, h, w) and (B, C_t, H, W) are compared, the teacher's at the student's
     size. The authors' two commands use 0.1 CE + 0.2 TaT, and 0.5 CE + 0.5 KL (T = 1)
-    + 0.1 TaT. Our convolutions start as CSF's do, sqrt(3) times as large as theirs.
+    + 0.1 TaT (their public settings start the student from ImageNet weights; pretrain.py does not).
+    Our convolutions start as CSF's do, sqrt(3) times as large as theirs.
     """
 
     needs_head = False

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from downloads import digest, download
-from files import UserError, load_tensors
+from files import UserError, installed, load_tensors
 
 FORMAT = "segmentation-student-1"  # marks our own files
 # for RGB images in [0, 1]: what every published MiT was trained with
@@ -230,10 +230,16 @@ def read_json(path):
     return tree
 
 
+def kinds():
+    """The names of transformers' weights, those that can be read here first."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    return names if installed("safetensors") else names[::-1]
+
+
 def read_folder(folder):
     """(tensors, facts) of a folder that transformers wrote."""
-    names, tensors = ("model.safetensors", "pytorch_model.bin"), {}
-    for name in names:
+    tensors = {}
+    for name in kinds():
         index = folder / f"{name}.index.json"
         if (folder / name).exists() or index.exists():
             for part in [name] if (folder / name).exists() else shards(index):
@@ -241,7 +247,7 @@ def read_folder(folder):
             return tensors, folder_facts(folder)
     ours = [folder / name for name in ("student.pt", "teacher.pt", "encoder.pt")]
     hint = next((f"; pass {path}" for path in ours if path.exists()), "")
-    problem = f"neither {names[0]} nor {names[1]} in it (nor shards of them)"
+    problem = f"neither {' nor '.join(kinds())} in it (nor shards of them)"
     raise UserError(f"{folder}: {problem}{hint}")
 
 
@@ -340,10 +346,10 @@ def fetch_from_hub(name):
         if config is None:
             raise UserError(f"{name}: has no config.json, so it is no model of transformers")
         get("preprocessor_config.json")
-        kinds = ("model.safetensors", "pytorch_model.bin")
-        weights = get(kinds[0], f"{kinds[0]}.index.json", kinds[1], f"{kinds[1]}.index.json")
+        first, second = kinds()
+        weights = get(first, f"{first}.index.json", second, f"{second}.index.json")
         if weights is None:
-            raise UserError(f"{name}: has neither {kinds[0]} nor {kinds[1]}")
+            raise UserError(f"{name}: has neither {first} nor {second}")
         parts = [weights]
         if weights.suffix == ".json":
             names = set(map(str, read_json(weights).get("weight_map", {}).values()))

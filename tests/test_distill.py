@@ -67,6 +67,13 @@ def test_cwd_against_loops(T):
     assert abs(distill.cwd(t, t, T).item()) < 1e-6
 
 
+def test_kl_over_channels_against_torch():
+    s, t = torch.randn(2, 2, 3, 4, 5)
+    rows = [x.permute(0, 2, 3, 1).reshape(-1, 3).log_softmax(dim=1) for x in (s, t)]
+    want = F.kl_div(*rows, reduction="batchmean", log_target=True)
+    assert distill.FEATURE_LOSSES["kl"](s, t).item() == pytest.approx(want.item(), rel=1e-5)
+
+
 def test_cwd_of_a_peaked_map_is_finite():
     s, t = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
     s[0, 0, 0, 0], t[0, 0, 3, 3] = 1e4, 1e4
@@ -320,7 +327,7 @@ def test_parameters_of_the_training_wrapper(name, faithful, csf):
 
 
 @pytest.mark.parametrize("name", ["transkd-base", "transkd-gl", "transkd-ea", "kd"])
-@pytest.mark.parametrize("loss", ["hcl", "cwd"])
+@pytest.mark.parametrize("loss", ["hcl", "cwd", "kl"])
 def test_gradients_reach_student_and_adapters_only(name, loss):
     options = {} if name == "kd" else dict(feature_loss=loss)
     torch.manual_seed(0)

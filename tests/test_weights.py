@@ -351,6 +351,20 @@ def test_hostile_files_are_refused_without_side_effect(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before and len(paths) == 7
 
 
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_of_two_files_that_which_can_be_read_is_taken(tmp_path, monkeypatch, safetensors):
+    net = a_net()
+    torch.save(nvlabs(net.state_dict()), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(weights, "installed", lambda package: safetensors)
+    if safetensors:
+        with pytest.raises(UserError, match="model.safetensors: not a checkpoint"):
+            model.load(tmp_path)
+    else:
+        ours = model.load(tmp_path)[0].state_dict()
+        assert all(x.equal(ours[name]) for name, x in net.state_dict().items())
+
+
 def test_half_a_state_dict_is_no_model(tmp_path):
     state = nvlabs(a_net().state_dict())
     del state["backbone.block2.0.attn.kv.weight"]
