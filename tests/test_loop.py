@@ -17,7 +17,8 @@ import train
 from files import UserError
 from step import Graphed, Teacher, update
 
-MORE = "--method none --class-weights paper --crop-size 64 --max-iters 3 --lr 1e-2 --warmup 0.34"
+MORE = "--seed 1 --method none --class-weights paper --crop-size 64 --max-iters 3 --lr 1e-2"
+MORE += " --warmup 0.34"
 NORM = torch.nn.modules.batchnorm._BatchNorm
 TINY_CLIP = 1e-5  # gradients as small as AdamW's epsilon: none counts by its sign alone
 
@@ -41,7 +42,8 @@ def plain_steps(run_, rates, clip):
     labels = [torch.tensor(run_.train.label(i)).flatten() for i in range(len(run_.train))]
     pixels = torch.cat(labels).bincount(minlength=256)[:3]
     class_weights = 1 / torch.log(1.10 + pixels / pixels.sum())
-    batches = train.make_batches(run_, run_.train, args.batch_size)
+    part = args.batch_size // args.accumulate
+    batches = augment.Batches(run_.train, part, args.seed, run_.augment)
     for step, rate in enumerate(rates):
         parts = [batches[step * args.accumulate + k] for k in range(args.accumulate)]
         labels = [part["label"].long() for part in parts]
@@ -79,7 +81,7 @@ def test_steps_are_those_of_plain_torch(accumulate, folder, tmp_path, monkeypatc
     want, want_norms = plain_steps(run_, [5e-3, 1e-2, 5e-3], TINY_CLIP)
     run(folder, tmp_path / "a", *more)
     assert norms == pytest.approx(want_norms, rel=1e-3)
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     start, got = model.build("nano", 3).state_dict(), weights(tmp_path / "a")
     assert got["head.norm.num_batches_tracked"] == 3 * accumulate
     names = [name for name in want if "num_batches" not in name and "running" not in name]
@@ -130,6 +132,10 @@ def test_nothing_to_compile_with(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "a").exists()
 
 
+def out_of_memory(*a):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_what_cannot_be_recorded(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--graphs: CUDA graphs are for a GPU"):
         run(folder, tmp_path / "a", "--graphs")
@@ -139,6 +145,13 @@ def test_what_cannot_be_recorded(folder, tmp_path, monkeypatch):
         call(torch.ones(2))
     with pytest.raises(UserError, match="not permitted.*: do without --graphs"):
         call(torch.ones(2))
+    left = Graphed.WARM_UP * [{}]
+    call = Graphed(lambda: left.pop() if left else torch.empty(1 << 60), "cpu")
+    for _ in range(Graphed.WARM_UP):
+        call()
+    monkeypatch.setattr(torch, "empty", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):  # which is no fault of --graphs
+        call()
 
 
 def test_recipe_paper_decays_everything_and_changes_the_rate_once_an_epoch(
@@ -171,6 +184,7 @@ def test_a_teachers_void_is_cut_off():
     with torch.no_grad():
         want = net(images).logits[:, :3]
     assert torch.equal(Teacher(net, facts, facts["mean"], facts["std"], True)(images).logits, want)
+    assert Teacher(net, facts, facts["mean"], facts["std"])(images).logits is None
 
 
 @pytest.mark.parametrize("name, synced", [("nano", False), ("nano", True), ("fcn_resnet50", False)])
@@ -206,8 +220,15 @@ def test_a_bfloat16_teacher_is_a_copy_that_keeps_no_float32_but_in_batch_norms(n
     assert all(p.dtype == torch.float32 for p in net.parameters())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_loss_of_float16_is_scaled(folder, tmp_path, dtype):
+    run_ = open_run(folder, tmp_path / "out", "--dtype", dtype)
+    scaler = loop.trained_parts(run_, torch.nn.Linear(2, 2), None, 0.1)["scaler"]
+    assert (scaler.scale(torch.ones(())) > 1) == (dtype == "float16")
+
+
 def a_log(folder, accumulate=1, batch_size=8):
-    args = Namespace(accumulate=accumulate, log_every=0)
+    args = Namespace(accumulate=accumulate, log_every=4)
     run_ = loop.Run(args=args, out=folder, device=torch.device("cpu"))
     return loop.TrainingLog(run_, "student", total=20, batch_size=batch_size)
 
@@ -223,9 +244,12 @@ def test_lines_tell_means_speed_and_what_is_left(tmp_path, monkeypatch, capsys):
             log.add(k // 2, dict(ce=torch.tensor(value)))
 
     steps(1.0, 3.0, 5.0, 7.0)
-    clock[0] += 4
+    clock[0] += 3
     with log.paused():
         clock[0] += 50
+    assert not log.due(5)
+    clock[0] += 1
+    assert log.due(5)
     log.report(5, 0.1)  # two steps of 8 in 4 seconds; 14 are left
     steps(10.0, 20.0)
     clock[0] += 1
@@ -234,16 +258,19 @@ def test_lines_tell_means_speed_and_what_is_left(tmp_path, monkeypatch, capsys):
     assert lines == [(6, 4.0, 4.0), (7, 15.0, 8.0)]
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith("eta 0:28") and said[1].endswith("eta 0:22")
-    assert log.seconds() == 5.0
+    assert log.seconds() == 5.0 and not log.due(7) and log.due(19)  # the last
+    assert [loop.clock(s) for s in (59.4, 61, 3723)] == ["0:59", "1:01", "1:02:03"]
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 def test_the_first_step_at_which_a_term_was_not_finite_is_told(tmp_path, value):
     log = a_log(tmp_path)
+    log.begin(0)
     for step, kd in enumerate((1.0, 2.0, value, 3.0, value)):
         log.add(step, dict(ce=torch.tensor(1.0), kd=torch.tensor(kd)))
-    with pytest.raises(UserError, match="'kd' was not finite at step 2"):
-        log.check()
+    for look in (log.check, lambda: log.due(4)):  # on a CPU at every step
+        with pytest.raises(UserError, match="'kd' was not finite at step 2"):
+            look()
 
 
 def test_terms_that_come_and_go_would_be_added_to_each_other(tmp_path):
