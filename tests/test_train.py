@@ -1,6 +1,8 @@
 """The loop: schedule, resume, processes, signals, files, and words for a user's mistakes."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,7 @@ import methods
 import model
 import parallel
 import train
+from augment import Augment
 from files import UserError
 from settings import recorded
 from step import Teacher, learning_rate, parameter_groups
@@ -110,6 +114,7 @@ def test_learning_rate_of_the_paper():
     for epoch, lr in ((1, 5.996e-5), (500, 4e-5), (1000, 2e-5)):
         for step in ((epoch - 1) * n, epoch * n - 1):
             assert learning_rate(step, 6e-5, 10**9, paper_epoch=n) == pytest.approx(lr)
+    assert learning_rate(1600 * n, 6e-5, 10**9, paper_epoch=n) == 0
 
 
 def test_weight_decay_is_on_matrices_only():
@@ -160,6 +165,7 @@ def test_teacher_with_another_normalisation_sees_the_same_pixels():
 
 def test_the_whole_job(folder, tmp_path, capsys):
     out = tmp_path / "out"
+    (folder / "classes.txt").write_text("a 9 8 7\nb 1 2 3\nc 5 5 5\n")
     metrics = run(folder, out, "--alone")
     made = "alone.pt last.pt log.jsonl metrics.json samples.png student.pt teacher.pt"
     assert sorted(p.name for p in out.glob("[!.]*")) == made.split()
@@ -171,18 +177,35 @@ def test_the_whole_job(folder, tmp_path, capsys):
     assert {"ce", "features", "embeddings"} <= set(log[-2])
     said = capsys.readouterr().out
     assert "SCRATCH" in said and "student alone (nano)" in said and "eta" in said
+    for title in ("teacher", "student alone", "student, transkd-base"):
+        row = metrics["alone" if "alone" in title else title.split(",")[0]]
+        (line,) = [x for x in said.splitlines() if x.startswith(f"{title} (nano)")]
+        shares = [f"{100 * row[k]:.2f}" for k in ("miou", "pixel_acc", "boundary_iou")]
+        assert line.split()[-4:] == [*shares, loop.clock(row["seconds"])]
     net, facts = model.load(out / "student.pt")
+    assert facts["palette"] == [[9, 8, 7], [1, 2, 3], [5, 5, 5]]
     assert not any("csf" in k or "pea" in k for k in net.state_dict())
     split = data.open_split(catalog.open_dataset("folder", folder), "val", folder)
     assert evaluation.evaluate(net, split, facts)["miou"] == pytest.approx(metrics["miou"])
+    titles, *rows = np.split(np.asarray(Image.open(out / "samples.png")), [24, 290, 556])
+    assert titles.shape == (24, 5 * 320, 3) and [len(row) for row in rows] == [266] * 3
+    x = evaluation.prepare(split.image(2), facts)
+    ids = [split.label(2)]  # then teacher, student alone, student
+    for name in ("teacher", "alone", "student"):
+        ids.append(evaluation.predict_ids(model.load(out / f"{name}.pt")[0], x, (40, 48))[0])
+    painted = [evaluation.paint(np.asarray(y), facts["palette"]) for y in ids]
+    for k, part in enumerate([split.image(2), *painted]):
+        shown = Image.fromarray(part).resize((320, 266), Image.NEAREST)
+        assert (rows[2][:, 320 * k : 320 * (k + 1)] == np.asarray(shown)).all()
 
 
 def test_the_command_line_it_prints_is_the_run(folder, tmp_path, monkeypatch):
     more = ["--alone", "--crop-size", "32", "64", "--temperature", "2", "--method", "kd"]
-    more += ["--clip", "0", "--colour", "0"]
+    more += ["--clip", "0", "--colour", "0", "--scale", "0.7", "1.5", "--cache", "off"]
     args = train.get_args(words(folder, tmp_path / "out", *more))
     train.resolve(args)
-    train.open_run(args)
+    assert train.open_run(args).augment == Augment((32, 64), (0.7, 1.5), colour=0)
+    assert args.workers == parallel.spare_cores()
     said = train.command_line(args).split()
     assert said[:2] == ["python", "train.py"]
     with monkeypatch.context() as m:
@@ -195,6 +218,9 @@ def test_the_command_line_it_prints_is_the_run(folder, tmp_path, monkeypatch):
     assert recorded(again) == recorded(args)
     args.alone = False
     assert "--no-alone" in train.command_line(args)
+    args = train.get_args(["--recipe", "paper", "--method", "none"])
+    train.resolve(args)
+    train.resolve(train.get_args(train.command_line(args).split()[2:]))  # no flag too many
 
 
 def test_a_teacher_that_is_there_is_not_trained(folder, tmp_path):
@@ -245,6 +271,20 @@ def test_a_dtype_that_the_device_emulates_is_said_to_be_slow(
     assert ("emulates bfloat16" in capsys.readouterr().out) == (not native)
 
 
+def test_scoring_is_in_the_dtype_of_training(folder, tmp_path, monkeypatch):
+    seen, real = [], evaluation.predict_ids
+
+    def spy(net, images, *a, **kw):
+        seen.append((len(images), torch.is_autocast_enabled("cpu")))
+        return real(net, images, *a, **kw)
+
+    monkeypatch.setattr(evaluation, "predict_ids", spy)
+    more = "--method none --max-iters 1 --dtype bfloat16 --eval-batch-size 2".split()
+    run(folder, tmp_path / "out", *more)
+    assert seen[:2] == [(2, True), (1, True)]
+    assert model.load(tmp_path / "out/student.pt")[1]["dtype"] == "bfloat16"
+
+
 def test_it_learns(folder, tmp_path):
     """Pictures whose colours are their labels: after a minute at most, nearly all is right."""
     more = ["--method", "none", "--max-iters", "150", "--lr", "3e-3", "--batch-size", "6"]
@@ -261,6 +301,7 @@ def test_recipe_paper(folder, tmp_path):
     assert (args.batch_size, args.teacher_batch_size, args.lr) == (2, 8, 6e-5)
     assert (args.max_iters, args.teacher_iters) == (3000, 1000)  # 1000 epochs of 6 images
     assert args.csf_norm == "batch" and args.class_weights == args.protocol == "paper"
+    assert args.clip == args.colour == 0
     assert run_.augment.crop == (512, 614) and run_.augment.fit and run_.augment.label_stride == 4
     assert run_.facts["std"] == [1.0] * 3 and run_.facts["resize"] == 512
     few = train.get_args([*where, *small, "--student-images", "4"])
@@ -352,6 +393,11 @@ def test_short_side_is_shrinking_by_hand(tmp_path):
     again = evaluation.evaluate(net, val, facts)
     assert sizes == [(40, 48)] and val.label(0).shape == (80, 96)
     assert again["miou"] == metrics["miou"]
+    (large / "unlabelled.txt").write_text("p0")
+    more = "--short-side 40 --unlabelled unlabelled".split()
+    args = train.get_args(words(large, tmp_path, *more))
+    train.resolve(args)
+    assert train.open_run(args).unlabelled.image(0).shape == (40, 48, 3)
 
 
 def test_where_data_are_by_default(tmp_path, monkeypatch):
@@ -414,9 +460,12 @@ def test_seconds_are_those_of_training(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.time, "time", lambda: clock[0])
     monkeypatch.setattr(evaluation, "evaluate", slow(3, evaluation.evaluate))
     monkeypatch.setattr(loop, "update", slow(0.2, loop.update))
-    more = ["--method", "none", "--eval-every", "2", "--save-every", "0"]
+    more = ["--method", "none", "--eval-every", "2", "--save-every", "0.5"]
+    saves, save = [], loop.save_state
+    monkeypatch.setattr(loop, "save_state", lambda *a: saves.append(a[2:3]) or save(*a))
     with crash("student", 4):
         run(folder, tmp_path / "out", *more)
+    assert saves == [(2,), (4,)]
     seconds = run(folder, tmp_path / "out", *more, "--resume")["student"]["seconds"]
     assert seconds == pytest.approx(6 * 0.2)
 
@@ -802,6 +851,39 @@ def test_mistakes(folder, tmp_path, name, cache):
     assert not list(tmp_path.glob("out/*.pt"))  # before any training
 
 
+OF_A_TEACHER = ("init x", "lr 1", "iters 5", "batch-size 4")
+
+
+@pytest.mark.parametrize(
+    "given, idle",
+    [
+        (
+            "--dataset folder --recipe paper",
+            ("--short-side 64", "--crop-size 64", "--scale 1 1", "--warmup 0"),
+        ),
+        ("--method none", ("--teacher b2", *(f"--teacher-{flag}" for flag in OF_A_TEACHER))),
+        ("--teacher-ckpt x", [f"--teacher-{flag}" for flag in OF_A_TEACHER]),
+        ("--dataset scenes", ("--cache-dir c", "--cache-gb 1", "--short-side 64")),
+    ],
+)
+def test_flags_without_effect(given, idle):
+    for flag in idle:
+        with pytest.raises(UserError, match=f"{flag.split()[0]} has no effect with "):
+            train.resolve(train.get_args([*given.split(), *flag.split()]))
+
+
+def test_numbers_that_are_too_small_or_large():
+    above_0 = "max-iters teacher-iters batch-size teacher-batch-size accumulate student-images"
+    above_0 += " student-labels label-stride eval-batch-size"
+    others = "lr teacher-lr weight-decay clip colour eval-every save-every log-every cache-gb ema"
+    bad = [f"{flag} 0" for flag in above_0.split()] + [f"{flag} -1" for flag in others.split()]
+    for words_ in (*bad, "warmup 1.1", "short-side 9999", "workers 257"):
+        where = ["--dataset", "folder", "--data-dir", "d"]
+        flag, value = words_.split()
+        with pytest.raises(UserError, match=f"--{flag} {value}.*: must be "):
+            train.resolve(train.get_args([*where, f"--{flag}", value]))
+
+
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     folder = write_folder(tmp_path / "data")
     (folder / "labels/p1.png").unlink()
@@ -830,9 +912,10 @@ def test_teacher_from_imagenet_weights(folder, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(train.model.weights, "fetch_from_hub", fetch)
     argv = words(folder, tmp_path / "out", "--teacher", "b0", "--lr", "0.01", "--log-every", "0")
-    train.main(train.get_args([*argv, "--teacher-iters", "2"]))
+    train.main(train.get_args([*argv, "--teacher-iters", "3", "--teacher-batch-size", "2"]))
     said = capsys.readouterr().out
     assert asked == ["nvidia/mit-b0"] and "starts from nvidia/mit-b0" in said
+    assert "3 steps of 2, from 6 images" in said and "6 steps of 4, from 6 images" in said
     n = len(net.encoder.state_dict())
     assert "SCRATCH" not in said and f"loaded {n} of {len(net.state_dict())} tensors" in said
     rates = {line["stage"]: line["lr"] for line in logged(tmp_path / "out") if "lr" in line}
@@ -840,6 +923,13 @@ def test_teacher_from_imagenet_weights(folder, tmp_path, capsys, monkeypatch):
     run(folder, tmp_path / "low", "--teacher", "b0", "--lr", "1e-5", "--max-iters", "1")
     line = logged(tmp_path / "low")[0]  # a lower --lr holds for both
     assert line["stage"] == "teacher" and line["lr"] == 1e-5
+
+
+def test_on_drawn_scenes_a_teacher_starts_from_scratch(monkeypatch, capsys):
+    monkeypatch.setattr(train.model.weights, "fetch_from_hub", None)  # nothing is asked
+    run_ = Namespace(state=None, inits={}, rank=0, dataset=Namespace(name="scenes"), print=print)
+    assert train.start_from(run_, "teacher", model.build("b0", 3), "auto") == "scratch"
+    assert capsys.readouterr().out == "starts from scratch\n"
 
 
 def test_teacher_of_the_transkd_release(tmp_path):
@@ -901,6 +991,32 @@ def test_one_run_at_a_time_in_a_folder(folder, tmp_path):
     assert not list((tmp_path / "out").glob("*.tmp*"))
 
 
+@pytest.mark.parametrize("locks", ["unavailable", "unknown"])
+def test_where_no_file_can_be_locked_runs_go_on(tmp_path, monkeypatch, locks):
+    def refuse(*a):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    if locks == "unknown":  # as on Windows
+        monkeypatch.setattr(loop, "fcntl", None)
+    loop.claim(tmp_path / "out", 0)
+    assert (tmp_path / "out").is_dir()
+
+
+def test_a_run_killed_before_it_saved(folder, tmp_path, capsys):
+    out, more = tmp_path / "out", ["--method", "none", "--max-iters", "1"]
+    out.mkdir()
+    (out / "log.jsonl").write_text('{"stage": "student", "step": 1, "ce": 5.0}\n')
+    with pytest.raises(UserError, match="out holds a run .log.jsonl.: pass --resume"):
+        run(folder, out, *more)
+    run(folder, out, *more, "--resume")
+    assert "nothing to resume, starting from the beginning" in capsys.readouterr().out
+    assert [r["ce"] for r in logged(out) if "ce" in r] != [5.0] and len(logged(out)) == 2
+    shutil.copy(out / "student.pt", out / "last.pt")
+    with pytest.raises(UserError, match="last.pt: not the state of a run"):
+        run(folder, out, *more, "--resume")
+
+
 def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, tmp_path):
     out = tmp_path / "out"
     run(folder, out, "--method", "none")
@@ -909,6 +1025,9 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(folder, tmp_path):
         run(folder, out, "--method", "none")
     with pytest.raises(UserError, match="--resume: --lr was 0.0006, now it is 0.1"):
         run(folder, out, "--method", "none", "--lr", "0.1", "--resume")
+    moved = "--device cuda --compile --graphs --cache-dir c --cache-gb 1".split()
+    here, there = (train.get_args(words(*w)) for w in (("d", "o"), ("D", "O", *moved)))
+    assert recorded(here) == recorded(there)
     free = "--workers 1 --eval-every 2 --eval-batch-size 1 --save-every 0 --log-every 0".split()
     run(folder, out, "--method", "none", "--cache", "off", *free, "--resume")
     assert (out / "student.pt").read_bytes() == before
@@ -988,11 +1107,13 @@ def test_steps_after_the_saved_one_are_logged_once(folder, tmp_path):
 
 
 def test_ctrl_c_while_waiting_is_quiet(folder, tmp_path):
-    child = command(*words(folder, tmp_path / "out", "--method", "none", "--max-iters", "100000"))
+    more = "--method none --max-iters 100000 --log-every 0".split()
+    child = command(*words(folder, tmp_path / "out", *more))
     time.sleep(0.1)
     for line in child.stdout:
         if "img/s" in line:
             break
     child.send_signal(signal.SIGINT)
-    _, errors = child.communicate()
+    said, errors = child.communicate()
     assert child.returncode == 128 + signal.SIGINT and "Traceback" not in errors
+    assert "the same with --resume goes on" in said and (tmp_path / "out/last.pt").exists()
