@@ -142,6 +142,8 @@ def test_every_method_has_its_paper_and_is_listed(capsys):
 class MyMethod(distill.Method):
     """As the README says."""
 
+    note = "mine is a try"
+
     def __init__(self, student_channels, teacher_channels):
         super().__init__()
 
@@ -158,6 +160,7 @@ def test_a_method_of_ones_own(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(methods, "METHODS", methods.METHODS | dict(mine=MyMethod))
     run(place / "data", tmp_path / "out", *flags(place, "mine", "--log-every", "0"))
     assert {"ce", "mine"} <= steps(tmp_path / "out")[0].keys()
+    assert "mine is a try\n" in capsys.readouterr().out
     train.main(train.get_args(["--method", "list"]))
     assert "mine " in capsys.readouterr().out
     monkeypatch.setitem(methods.METHODS, "mine", Clash)
