@@ -1,5 +1,6 @@
 """Layouts, the label table, the cache, few labels."""
 
+import dataclasses
 import errno
 import os
 import pickle
@@ -271,6 +272,30 @@ def test_folders_of_one_name_do_not_share_a_cache(folder, tmp_path, monkeypatch)
     assert keys[0] != keys[1]
 
 
+@pytest.mark.parametrize("hashed", ["cache_key", "fingerprint"])
+def test_what_is_cached_or_resumed_is_known_by_its_files_and_classes(folder, hashed):
+    """But a copy is the same to --resume."""
+
+    def key(dataset):
+        what = dataset.pairs["train"] if hashed == "cache_key" else ["train"]
+        return getattr(data, hashed)(dataset, what)
+
+    dataset = catalog.open_dataset("folder", folder)
+    before = key(dataset)
+    assert key(dataclasses.replace(dataset, table=dataset.table[::-1].copy())) != before
+    pairs = dataset.pairs["train"]
+    os.utime(pairs[3][2], (7, 7))
+    assert (key(dataset) == before) == (hashed == "fingerprint")
+    with open(pairs[3][1], "ab") as f:
+        f.write(b" ")
+    other = key(dataset)
+    assert other != before
+    for path in pairs[4][1:]:
+        path.rename(path.with_name("q4.png"))
+    (folder / "train.txt").write_text("p0\np1\np2\np3\nq4\np5")
+    assert key(catalog.open_dataset("folder", folder)) != other
+
+
 def test_read_only_data_is_cached_in_the_home(folder, tmp_path, monkeypatch):
     (folder / ".cache").write_text("a file: no folder can be made here")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -303,6 +328,35 @@ def test_processes_of_one_number_do_not_share_a_build(folder, monkeypatch):
     other = folder / f".cache/folder-train-{key}.tmp7"
     other.mkdir(parents=True)
     assert isinstance(data.open_split(dataset, "train", folder), data.Packed) and other.exists()
+
+
+def test_two_who_build_one_cache(folder, monkeypatch):
+    dataset, real = catalog.open_dataset("folder", folder), data.decode
+
+    def slower(*a):
+        monkeypatch.undo()
+        data.open_split(dataset, "train", folder)  # another process
+        return real(*a)
+
+    monkeypatch.setattr(data, "decode", slower)
+    split = data.open_split(dataset, "train", folder)
+    assert contents(split) == contents(data.open_split(dataset, "train", cache="off"))
+    assert len(list((folder / ".cache").iterdir())) == 1
+
+
+def test_a_build_that_takes_long_is_not_stale(folder, tmp_path):
+    split = data.open_split(catalog.open_dataset("folder", folder), "train", cache="off")
+    place = tmp_path / f"x-{16 * '0'}.tmp1"
+    place.mkdir()
+
+    class Slow(data.Files):
+        def pair(self, i):
+            os.utime(place, (0, 0))
+            return super().pair(i)
+
+    data.decode(Slow(split.pairs, split.table), place, "x")
+    data.remove_stale_builds(tmp_path)
+    assert place.exists()
 
 
 KILLED = """
@@ -370,6 +424,18 @@ def test_short_side_is_the_usual_one():
     sizes = np.array([(50, 40), (64, 96), (70, 64), (64, 64), (300, 200)])
     split = data.Packed(np.zeros(3 * sizes.prod(1).sum(), np.uint8), None, data.index_of(sizes))
     assert data.short_side(split) == 64
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_labels_that_are_rare_are_found(only, capsys):
+    """All are read if those of a sample show one class, or none."""
+    label = np.full((40, 2, 2), 255, np.uint8)
+    label[::2] = 0 if only else 255
+    split = data.Packed(np.zeros(480, np.uint8), label.reshape(-1), data.index_of(40 * [(2, 2)]))
+    (rare, *_) = set(range(40)) - {*data.some_of(split)}
+    label[rare, 0] = 0, 1
+    data.check_labels(split, ["a", "b"], "photos")
+    assert not capsys.readouterr().out
 
 
 def test_few_labels():
