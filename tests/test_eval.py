@@ -14,6 +14,7 @@ import eval as evaluation
 import files
 import model
 import parallel
+import scenes
 from model import IMAGENET_MEAN, IMAGENET_STD
 
 FACTS = dict(
@@ -244,11 +245,21 @@ def test_scores_in_the_dtype_of_training_unless_the_device_emulates_it(
     monkeypatch.setattr(
         evaluation, "evaluate", lambda *a, **k: seen.append(a[4]) or evaluate(*a, **k)
     )
+    low, predict = [], evaluation.predict_ids
+
+    def predicted(net, images, *a, **k):
+        low.append((len(images), torch.is_autocast_enabled("cpu")))
+        return predict(net, images, *a, **k)
+
+    monkeypatch.setattr(evaluation, "predict_ids", predicted)
     words = ["--ckpt", tmp_path / "low.pt", "--dataset", "folder", "--data-dir", folder]
     run(*words)
     run(*words, "--dtype", "float16")
     assert seen == ["bfloat16" if native else "float32", "float16"]
     assert asked == [(torch.device("cpu"), "bfloat16")]
+    run(*words, "--batch-size", "2")
+    run(*words[:2], "--image", folder / "images/p0.png", "--out-dir", tmp_path / "o")
+    assert low == [(3, native), (3, True), (2, native), (1, native), (1, native)]
 
 
 def test_json_is_one_object_and_nothing_else(capsys, folder, ckpt):
@@ -258,6 +269,21 @@ def test_json_is_one_object_and_nothing_else(capsys, folder, ckpt):
     assert out["images"] == 3 and len(out["iou"]) == 3
     run("--ckpt", ckpt, "--data-dir", folder, "--split", "train", "--cache", "off")
     assert "6 images" in capsys.readouterr().out
+    run("--ckpt", ckpt, "--data-dir", folder, "--split", "train", "--cache-dir", folder / "c")
+    caches = [path.parent.name for path in folder.rglob("folder-*-*")]
+    assert caches == [".cache", "c"]
+    (folder / "unlabelled.txt").write_text("p0\n")
+    (folder / "labels/p0.png").unlink()
+    (folder / "train.txt").write_text("p1\n")
+    run("--ckpt", ckpt, "--data-dir", folder, "--split", "unlabelled")
+    assert "folder/unlabelled has no labels: nothing to score\n" in capsys.readouterr().out
+
+
+def test_predictions_of_drawn_scenes_are_named_by_number(monkeypatch, tmp_path):
+    monkeypatch.setitem(scenes.SPLITS, "val", (1_000_000, 2))
+    model.save(tmp_path / "s.pt", model.build("nano", 11), **FACTS | dict(dataset="scenes"))
+    run("--ckpt", tmp_path / "s.pt", "--save-preds", tmp_path / "p")
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["1000000.png", "1000001.png"]
 
 
 @pytest.mark.parametrize(
@@ -325,6 +351,10 @@ def test_the_overlay_blends_photo_and_colours_and_has_a_legend():
         (["--out-dir", "somewhere"], "--out-dir goes with --image"),
         (["--image", "x.png"], "--image labels photos: --data-dir is for scoring"),
         (["--batch-size", "0"], "--batch-size at least 1"),
+        (
+            ["--save-preds", "p", "--protocol", "paper"],
+            "--save-preds goes with --protocol full",
+        ),
         (["--cache", "off", "--cache-dir", "c"], "--cache-dir has no effect with --cache off"),
     ],
 )
@@ -338,6 +368,13 @@ def test_mistakes_of_labelling(folder, ckpt):
     with pytest.raises(files.UserError, match="/nowhere: no such file"):
         run("--ckpt", ckpt, "--image", "/nowhere")
     images = folder / "images"
+    with pytest.raises(files.UserError, match="--image needs --out-dir"):
+        run("--ckpt", ckpt, "--image", images)
+    with pytest.raises(files.UserError, match="data: no photos in it .*jpg"):
+        run("--ckpt", ckpt, "--image", folder, "--out-dir", images)
+    model.save(folder / "any.pt", model.build("nano", 3), **FACTS)
+    with pytest.raises(files.UserError, match="does not say what it was trained on: pass --data"):
+        run("--ckpt", folder / "any.pt")
     for source in (images, images / "p0.png"):  # beside which its mask may lie
         with pytest.raises(files.UserError, match="the photos are there; pass another folder"):
             run("--ckpt", ckpt, "--image", source, "--out-dir", images)
