@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import methods
 import parallel
 import timing
+from files import UserError
 from nets import Output
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -92,6 +94,12 @@ def taught(name, rank, world=2):
     return [[x.numpy() for x in part] for part in parts]
 
 
+def moments():
+    began = time.monotonic()
+    time.sleep(0.2)
+    return began, time.monotonic()
+
+
 def work(rank, port):
     """All that the tests want of one of two processes."""
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -99,6 +107,7 @@ def work(rank, port):
     parallel.start("cpu")
     made = {dtype: half(rank, dtype) for dtype in TOLERANCES}
     made |= {name: taught(name, rank) for name in EVERY}
+    made["when"] = parallel.first_then_others(moments)
     made["answers"] = parallel.any_process(rank == 0, rank == 1, False, True)
     calls = []
     timing.timed(lambda: calls.append(rank), "cpu", seconds=0, least=3 + 4 * rank)
@@ -179,6 +188,21 @@ def test_a_synchronised_norm_is_the_same_norm():
 def test_all_processes_are_timed_as_often(both):
     """Or one would wait for ever in work that another has finished with."""
     assert [made["calls"] for made in both] == [2 + 7] * 2
+
+
+def test_the_others_wait_for_the_first(both):
+    assert both[0]["when"][1] <= both[1]["when"][0]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("cuda:1", "torch finds 1 GPUs here; --device cpu does without"), ("meta", "cpu or cuda")],
+)
+def test_devices_that_are_not_there(monkeypatch, name, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert [str(parallel.get_device(n)) for n in ("cuda", "cuda:0")] == ["cuda", "cuda:0"]
+    with pytest.raises(UserError, match=f"--device {name}: {message}"):
+        parallel.get_device(name)
 
 
 def test_any_process_speaks_for_all(both):
