@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 from argparse import Namespace
@@ -181,6 +182,8 @@ def test_cache_holds_what_the_files_say(tree, tmp_path, monkeypatch):
     for a, b in zip(plain, cached):
         assert b.packed and not a.packed and len(a) == len(b)
         assert all((a.image(i) == b.image(i)).all() for i in range(len(a)))
+    again = pickle.loads(pickle.dumps(cached[0]))  # for workers that are no forks
+    assert (again.image(3) == plain[0].image(3)).all() and len(again) == 18
     sides = [min(cached[0].image(i).shape[:2]) for i in range(18)]
     assert min(sides) < 42 and max(sides) == 42  # shrunk, but not enlarged
     monkeypatch.setattr(data, "decode", None)  # to build again would fail
@@ -400,6 +403,7 @@ def test_encoder_file_starts_training_of_a_segmenter(tree, tmp_path, capsys):
     n, of = len(net.encoder.state_dict()), len(net.state_dict())
     assert said.count(f"{path}: loaded {n} of {of} tensors") == 2
     assert said.count("2 not used: classifier.weight, classifier.bias") == 2
+    assert logged(tmp_path / "out")[0]["lr"] == 1e-12
     ours, theirs = weights(tmp_path / "pre", "encoder.pt"), weights(tmp_path / "out")
     for name in net.state_dict():
         if name.startswith("encoder."):
@@ -533,7 +537,8 @@ def test_epochs_are_counted(tree, tmp_path):
     args = pretrain.get_args(["--data-dir", str(tree), "--out-dir", str(tmp_path), "--epochs", "3"])
     args.batch_size = 4
     pretrain.resolve(args)
-    pretrain.open_run(args)
+    _, train_photos, _ = pretrain.open_run(args)
+    assert train_photos.store == 256
     assert args.max_iters == 14 and args.lr == pytest.approx(5e-4 * 4 / 512)  # 18 photos
     said = settings.command_line(args, "pretrain.py").split()
     assert said[:2] == ["python", "pretrain.py"]
@@ -541,6 +546,10 @@ def test_epochs_are_counted(tree, tmp_path):
     pretrain.resolve(again)
     pretrain.open_run(again)
     assert settings.recorded(again) == settings.recorded(args)
+    default = pretrain.get_args(["--data-dir", str(tree), "--out-dir", str(tmp_path / "b")])
+    pretrain.resolve(default)
+    pretrain.open_run(default)
+    assert default.max_iters == math.ceil(100 * 18 / 256)
 
 
 @pytest.mark.parametrize("method", [None, "tat+kd", "manifold"])
@@ -776,12 +785,17 @@ def test_a_run_goes_on_with_its_own_photos_only(tmp_path):
     photo.write_bytes(photo.read_bytes() + b" ")
     with pytest.raises(UserError, match=others):
         run(tree, tmp_path / "out", "--resume", "--max-iters", "1")
+    photo.write_bytes(photo.read_bytes()[:-1])
+    elsewhere = tree.rename(tmp_path / "moved")
+    run(elsewhere, tmp_path / "out", "--resume", "--max-iters", "1")
 
 
 def test_a_finished_run_has_its_encoder(tree, tmp_path):
     other, out = tmp_path / "other", tmp_path / "out"
     run(tree, out, "--max-iters", "1")
-    run(tree, other, "--max-iters", "1", "--seed", "1")
+    run(tree, other, "--max-iters", "1", "--seed", "1", "--lr", "0")
+    torch.manual_seed(1)
+    assert same(classifiers.build("nano", 3, 32).state_dict(), *encoders(other))
     run(tree, out, "--max-iters", "1", "--resume")
     shutil.copy(other / "encoder.pt", out / "encoder.pt")
     with pytest.raises(UserError, match="encoder.pt holds other weights now"):
@@ -828,6 +842,36 @@ def test_windows_and_mixtures_are_those_of_the_flags(tree, tmp_path, monkeypatch
     more = ["--area", "0.2", "0.9", "--colour", "0.3", "--mixup", "0.7", "--cutmix", "1.5"]
     run(tree, tmp_path / "out", "--max-iters", "1", *more)
     assert seen == [real(size=32, area=(0.2, 0.9), colour=0.3, mixup=0.7, cutmix=1.5)]
+
+
+def test_loss_and_rates_are_those_of_the_flags(tree, tmp_path, monkeypatch):
+    seen = []
+
+    def steps(run, stage, parts, batches, prepare, frozen, schedule, scoring):
+        seen.append((parts["learner"].ce, batches.seed, learning_rate(4, **schedule)))
+        return 0.0
+
+    monkeypatch.setattr(loop, "run_steps", steps)
+    more = "--ce-weight 0.3 --label-smoothing 0.2 --decay linear --warmup 0.5 --seed 5".split()
+    args = pretrain.get_args(words(tree, tmp_path, *more))
+    pretrain.resolve(args)
+    run_ = loop.Run(args=args, out=tmp_path, device=torch.device("cpu"))
+    net, split = classifiers.build("nano", 3, 32), some_photos(tree)
+    pretrain.train_classifier(run_, net, None, split, split)
+    ((ce, seed, rate),) = seen
+    logits, targets = torch.randn(4, 3), torch.rand(4, 3).softmax(dim=1)
+    want = 0.3 * F.cross_entropy(logits, targets, label_smoothing=0.2)
+    assert torch.allclose(ce(logits, targets), want) and seed == 5
+    assert rate == learning_rate(4, 1e-3, 6, 0.5, "linear")
+
+
+def test_numbers_that_are_too_small_or_large():
+    bad = "ce-weight -1|mixup -1|cutmix -1|label-smoothing 1|drop-path 1|store 0|patch 0|epochs 0"
+    bad += "|lr -1|accumulate 0|batch-size 0|max-iters 0|manifold-rows 0|kd-weight -1"
+    for words_ in bad.split("|"):
+        flag, value = words_.split()
+        with pytest.raises(UserError, match=f"--{flag} {value}.*: must be "):
+            pretrain.resolve(pretrain.get_args(["--data-dir", "d", f"--{flag}", value]))
 
 
 def test_top_5_of_many_classes(tmp_path):
