@@ -274,6 +274,22 @@ def test_pvt(tmp_path):
 # what goes wrong
 
 
+@pytest.mark.parametrize(
+    "form, side, said",
+    [
+        ("hf", 32, "its image processor resizes photos to a shorter side of 32 pixels"),
+        ("pt2", 64, "resize photos to a shorter side of 64 pixels"),
+        ("pt2", 63, "!!! A pt2 file takes no image below 64 pixels: use onnx"),
+    ],
+)
+def test_what_to_do_with_photos(form, side, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(export.FORMS, form, (lambda *a: "the same", [], "it"))
+    run("--ckpt", checkpoint(tmp_path, resize=side), "--to", form, "--out-dir", tmp_path / "o")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(said) for line in lines)
+    assert any("!!!" in line for line in lines) == ("!!!" in said)
+
+
 def test_other_files_stay(tmp_path):
     pytest.importorskip("safetensors")
     out = tmp_path / "hf"
@@ -333,8 +349,13 @@ def test_compare_finds_what_differs(mean_std):
     for factor in (1.01, float("nan")):
         bad = export.Deployed(net, mean_std)
         bad.head.weights[2].data *= factor
-        with pytest.raises(files.UserError, match="discarded: it differs"):
-            export.compare(net, bad, 1e-4, mean_std)
+        for sizes in ((1, 2), (1,), (2,)):  # at both, or only at one
+
+            def other(x, bad=bad, sizes=sizes):
+                return (bad if len(x) in sizes else good)(x)
+
+            with pytest.raises(files.UserError, match="discarded: it differs"):
+                export.compare(net, other, 1e-4, mean_std)
     with pytest.raises(files.UserError, match="discarded: it gives"):
         export.compare(net, lambda x: good(x)[:, 1:], 1e-4, mean_std)
 
