@@ -1,9 +1,11 @@
 """Downloads from a server of our own, hostile archives, and the conversion of NYUv2."""
 
+import errno
 import hashlib
 import io
 import os
 import shutil
+import signal
 import socketserver
 import subprocess
 import sys
@@ -654,6 +656,49 @@ def test_what_the_machine_lacks_is_one_line(capsys, want):
     advice = {of_workers: "fewer --workers", of_triton: "install gcc"}.get(want, "smaller batches")
     assert e.value.code == 2 and advice in said
     assert said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.EIO, "Input/output error"), 2, "error: [Errno 5] Input/output error"),
+        (UserError("mine"), 2, "error: mine"),
+    ],
+)
+def test_what_ends_a_command(capsys, error, code, line):
+    def fails(args):
+        raise error
+
+    with pytest.raises(SystemExit) as e:
+        files.cli(fails, None)
+    assert (e.value.code, capsys.readouterr().err) == (code, f"{line}\n")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    code = "import files; files.cli(lambda n: [print(k) for k in range(n)], 10**5)"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    place = Path(files.__file__).parent
+    with subprocess.Popen([sys.executable, "-c", code], cwd=place, **pipes) as child:
+        child.stdout.readline()
+        child.stdout.close()
+        assert not child.stderr.read()
+    assert child.returncode == 141
+
+
+@pytest.mark.parametrize("world, code", [(None, 143), ("2", None)])
+def test_sigterm_unwinds_but_under_torchrun(monkeypatch, world, code):
+    handlers = {}
+    monkeypatch.setattr(files.signal, "signal", handlers.__setitem__)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    files.cli(lambda args: None, None)
+    assert (signal.SIGTERM in handlers) == bool(code)
+    if code:
+        with pytest.raises(SystemExit) as e:
+            handlers[signal.SIGTERM](signal.SIGTERM, None)
+        assert e.value.code == code
 
 
 def test_other_errors_are_shown_whole():
