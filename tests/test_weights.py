@@ -365,6 +365,16 @@ def test_of_two_files_that_which_can_be_read_is_taken(tmp_path, monkeypatch, saf
         assert all(x.equal(ours[name]) for name, x in net.state_dict().items())
 
 
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*a, **kw):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "x.pt").touch()
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(UserError, match="x.pt: no permission to read it"):
+        model.load(tmp_path / "x.pt")
+
+
 def test_half_a_state_dict_is_no_model(tmp_path):
     state = nvlabs(a_net().state_dict())
     del state["backbone.block2.0.attn.kv.weight"]
