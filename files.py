@@ -60,6 +60,7 @@ def cli(main, args):
             stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import math
 import os
@@ -996,7 +995,7 @@ def test_where_no_file_can_be_locked_runs_go_on(tmp_path, monkeypatch, locks):
     def refuse(*a):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(loop.fcntl, "lockf", refuse)
     if locks == "unknown":  # as on Windows
         monkeypatch.setattr(loop, "fcntl", None)
     loop.claim(tmp_path / "out", 0)
