@@ -106,7 +106,7 @@ def open_run(args):
     crop = tuple(args.crop_size * 2)[:2]  # one number: height and width
     if paper:
         facts |= dict(short_side=512, resize=512)
-        crop = catalog.resize_image(train.image(0), 512).shape[:2]  # as in scoring
+        crop = catalog.resize_image(train.image(0), facts["resize"]).shape[:2]  # as in scoring
     loop.claim(common["out"], common["rank"])
     few = data.subset(train, args.student_images) if args.student_images else train
     mine = dict(dataset=dataset, train=train, few=few, val=val, facts=facts)

@@ -230,10 +230,12 @@ def read_json(path):
     return tree
 
 
+KINDS = ("model.safetensors", "pytorch_model.bin")  # transformers' names of weights
+
+
 def kinds():
-    """The names of transformers' weights, those that can be read here first."""
-    names = ("model.safetensors", "pytorch_model.bin")
-    return names if installed("safetensors") else names[::-1]
+    """KINDS, that which can be read here first."""
+    return KINDS if installed("safetensors") else KINDS[::-1]
 
 
 def read_folder(folder):
@@ -247,7 +249,7 @@ def read_folder(folder):
             return tensors, folder_facts(folder)
     ours = [folder / name for name in ("student.pt", "teacher.pt", "encoder.pt")]
     hint = next((f"; pass {path}" for path in ours if path.exists()), "")
-    problem = f"neither {' nor '.join(kinds())} in it (nor shards of them)"
+    problem = f"neither {' nor '.join(KINDS)} in it (nor shards of them)"
     raise UserError(f"{folder}: {problem}{hint}")
 
 
@@ -349,7 +351,7 @@ def fetch_from_hub(name):
         first, second = kinds()
         weights = get(first, f"{first}.index.json", second, f"{second}.index.json")
         if weights is None:
-            raise UserError(f"{name}: has neither {first} nor {second}")
+            raise UserError(f"{name}: has neither {' nor '.join(KINDS)}")
         parts = [weights]
         if weights.suffix == ".json":
             names = set(map(str, read_json(weights).get("weight_map", {}).values()))
